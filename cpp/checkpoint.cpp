@@ -1,0 +1,272 @@
+#include "cpp/checkpoint.h"
+
+#include <stdexcept>
+
+namespace pccheck {
+
+Checkpoint::Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
+                       std::unique_ptr<Target> target, std::function<void()> changed)
+    : identity_(identity),
+      name_(std::move(name)),
+      layout_(std::move(layout)),
+      target_(std::move(target)),
+      changed_(std::move(changed)),
+      handed_over_(layout_->layers().size()) {
+  add_files(*layout_);
+}
+
+void Checkpoint::add_files(const Layout& layout) {
+  for (uint32_t i = 0; i < layout.files().size(); ++i) {
+    const uint64_t blocks = layout.block_count(i);
+    files_.push_back(std::make_unique<FileState>(
+        FileState{&layout, i, blocks, std::vector<uint32_t>(blocks), nullptr}));
+  }
+}
+
+size_t Checkpoint::layer_count() const { return handed_over_.size(); }
+
+void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (layer >= layout_->layers().size() || sealed_)
+      throw std::invalid_argument("checkpoint " + name_ + " takes no layer " +
+                                  std::to_string(layer) + " now");
+    if (handed_over_[layer])
+      throw std::invalid_argument("layer " + std::to_string(layer) + " of checkpoint " + name_ +
+                                  " was handed over already");
+    const std::vector<uint64_t>& expected = layout_->layers()[layer].source_bytes;
+    if (hand_over.sources.size() != expected.size())
+      throw std::invalid_argument("layer " + std::to_string(layer) + " of checkpoint " + name_ +
+                                  " has " + std::to_string(expected.size()) + " tensors, not " +
+                                  std::to_string(hand_over.sources.size()));
+    for (size_t i = 0; i < expected.size(); ++i)
+      if (hand_over.sources[i].bytes != expected[i])
+        throw std::invalid_argument("tensor " + std::to_string(i) + " of layer " +
+                                    std::to_string(layer) + " of checkpoint " + name_ + " has " +
+                                    std::to_string(hand_over.sources[i].bytes) + " bytes, not " +
+                                    std::to_string(expected[i]));
+    if (error_) return;
+    handed_over_[layer] = std::move(hand_over);
+  }
+  changed_();
+}
+
+void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> addition) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (sealed_) throw std::logic_error("checkpoint " + name_ + " was sealed already");
+    if (!error_)
+      for (size_t layer = 0; layer < handed_over_.size(); ++layer)
+        if (!handed_over_[layer])
+          throw std::logic_error("checkpoint " + name_ + " cannot be sealed: layer " +
+                                 std::to_string(layer) + " was never handed over");
+    manifest_ = std::move(manifest);
+    if (addition && !error_) {
+      addition_ = std::move(addition->layout);
+      add_files(*addition_);
+      handed_over_.push_back(std::move(addition->hand_over));
+    }
+    sealed_ = true;
+  }
+  changed_();
+}
+
+void Checkpoint::fail(std::exception_ptr error) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (error_ || state_ != State::in_flight) return;
+    error_ = std::move(error);
+  }
+  progress_.notify_all();
+  changed_();
+}
+
+bool Checkpoint::awaits_seal() const {
+  const std::lock_guard lock(mutex_);
+  return !sealed_ && !error_;
+}
+
+bool Checkpoint::wait_staged(size_t layer, Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return progress_.wait_until(lock, until, [&] {
+    // After a failure the sources may still be read until the stager has let go of them.
+    return layers_staged_ > layer || staging_stopped_ || state_ != State::in_flight;
+  });
+}
+
+bool Checkpoint::wait_all_staged(Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return progress_.wait_until(lock, until, [&] {
+    return (sealed_ && layers_staged_ == layer_count()) || staging_stopped_ ||
+           state_ != State::in_flight;
+  });
+}
+
+void Checkpoint::open_gate(size_t layer) {
+  std::string moved;
+  {
+    // Under the lock: the committer reads the same watch before it publishes.
+    const std::lock_guard lock(mutex_);
+    if (layer >= handed_over_.size() || !handed_over_[layer]) return;
+    const SourceWatch* watch = std::exchange(handed_over_[layer]->watch, nullptr);
+    if (watch == nullptr || error_ || state_ != State::in_flight) return;
+    moved = watch->changed();
+  }
+  if (!moved.empty()) fail(std::make_exception_ptr(std::runtime_error(moved)));
+}
+
+void Checkpoint::require_unchanged() {
+  const std::lock_guard lock(mutex_);
+  for (const std::optional<HandOver>& layer : handed_over_) {
+    if (!layer || layer->watch == nullptr) continue;
+    if (const std::string moved = layer->watch->changed(); !moved.empty())
+      throw std::runtime_error(moved);
+  }
+}
+
+bool Checkpoint::wait_finished(Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return progress_.wait_until(lock, until, [&] { return state_ != State::in_flight; });
+}
+
+Checkpoint::State Checkpoint::state() const {
+  const std::lock_guard lock(mutex_);
+  return state_;
+}
+
+std::exception_ptr Checkpoint::error() const {
+  const std::lock_guard lock(mutex_);
+  return error_;
+}
+
+double Checkpoint::durable_seconds() const {
+  const std::lock_guard lock(mutex_);
+  return std::chrono::duration<double>(published_ - begun_).count();
+}
+
+uint64_t Checkpoint::payload_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return layout_->total_bytes() + (addition_ ? addition_->total_bytes() : 0);
+}
+
+std::optional<Checkpoint::Work> Checkpoint::next_layer() {
+  const std::lock_guard lock(mutex_);
+  if (error_ || layers_taken_ == handed_over_.size() || !handed_over_[layers_taken_])
+    return std::nullopt;
+  const size_t layer = layers_taken_++;
+  HandOver* hand_over = &*handed_over_[layer];
+  const size_t own = layout_->layers().size();
+  if (layer < own) return Work{&layout_->layers()[layer], layout_.get(), 0, layer == 0, hand_over};
+  return Work{&addition_->layers()[0], addition_.get(),
+              static_cast<uint32_t>(layout_->files().size()), true, hand_over};
+}
+
+void Checkpoint::layer_staged() {
+  {
+    const std::lock_guard lock(mutex_);
+    ++layers_staged_;
+  }
+  progress_.notify_all();
+  changed_();
+}
+
+bool Checkpoint::staging_ended() const {
+  const std::lock_guard lock(mutex_);
+  return sealed_ && layers_staged_ == layer_count();
+}
+
+void Checkpoint::stop_staging() {
+  {
+    const std::lock_guard lock(mutex_);
+    staging_stopped_ = true;
+  }
+  progress_.notify_all();
+  changed_();
+}
+
+void Checkpoint::block_opened() {
+  const std::lock_guard lock(mutex_);
+  ++blocks_alive_;
+}
+
+void Checkpoint::block_gone() {
+  {
+    const std::lock_guard lock(mutex_);
+    --blocks_alive_;
+  }
+  changed_();
+}
+
+File& Checkpoint::file(uint32_t index) {
+  FileState* state;
+  {
+    const std::lock_guard lock(mutex_);
+    state = files_[index].get();  // the vector may grow, the states stay where they are
+  }
+  const std::lock_guard lock(open_mutex_);
+  if (!state->file) state->file = target_->open(state->layout->files()[state->index_in_layout]);
+  return *state->file;
+}
+
+void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std::byte> bytes,
+                             uint32_t crc) {
+  const Layout* layout;
+  uint32_t in_layout;
+  {
+    const std::lock_guard lock(mutex_);
+    layout = files_[index]->layout;
+    in_layout = files_[index]->index_in_layout;
+  }
+  file(index).pwrite(bytes, layout->block_offset(in_layout, block));
+  const std::lock_guard lock(mutex_);
+  files_[index]->block_sums[block] = crc;
+  --files_[index]->blocks_left;
+}
+
+bool Checkpoint::ready_to_publish() const {
+  const std::lock_guard lock(mutex_);
+  if (error_ || state_ != State::in_flight || !sealed_ || layers_staged_ != layer_count())
+    return false;
+  for (const auto& file : files_)
+    if (file->blocks_left != 0) return false;
+  return true;
+}
+
+bool Checkpoint::ready_to_discard() const {
+  const std::lock_guard lock(mutex_);
+  return error_ && state_ == State::in_flight && staging_stopped_ && blocks_alive_ == 0;
+}
+
+void Checkpoint::publish() {
+  std::vector<PersistedFile> files;
+  for (uint32_t i = 0; i < files_.size(); ++i) {
+    File& opened = file(i);  // opens a file without blocks too
+    FileState& state = *files_[i];
+    files.push_back({state.layout, &state.layout->files()[state.index_in_layout], &opened,
+                     std::move(state.block_sums)});
+  }
+  require_unchanged();
+  target_->publish(identity_, files, manifest_);
+  const std::lock_guard lock(mutex_);
+  published_ = Clock::now();
+}
+
+void Checkpoint::discard() {
+  files_.clear();  // closes: a directory that is removed must not keep its blocks
+  target_->discard();
+}
+
+void Checkpoint::finish(State state) {
+  // A finished ticket may live long; what it holds of the save need not. Closed outside the lock.
+  std::vector<std::unique_ptr<FileState>> files;
+  {
+    const std::lock_guard lock(mutex_);
+    state_ = state;
+    files.swap(files_);
+    manifest_ = {};
+  }
+  progress_.notify_all();
+  changed_();
+}
+
+}  // namespace pccheck

@@ -1,0 +1,196 @@
+// One checkpoint's life: staging -> persisting -> committed | failed. The ticket a save returns.
+//
+// The caller hands layers over, seals, waits; the stager takes layers in layout order; the writers
+// report blocks; the committer publishes. All of them meet here, under one mutex. The first error
+// latches: from then on nothing is written, every layer counts as staged (there is nothing left to
+// protect) and the checkpoint ends as failed once no I/O of it is under way.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cpp/copier.h"
+#include "cpp/file.h"
+#include "cpp/format.h"
+#include "cpp/layout.h"
+
+namespace pccheck {
+
+using Clock = std::chrono::steady_clock;
+
+// One tensor's bytes, contiguous, in the copier's memory; valid until its layer has been staged.
+struct Source {
+  const std::byte* data;
+  uint64_t bytes;
+};
+
+// The tripwire over a layer's tensors: tells whether one of them was changed between hand-over and
+// the opening of the gate. Called on any thread, never waits.
+class SourceWatch {
+ public:
+  virtual ~SourceWatch() = default;
+  // What was changed, for a person to read; empty if nothing was.
+  virtual std::string changed() const = 0;
+};
+
+struct HandOver {
+  std::vector<Source> sources;         // in the order of the layer's tensors
+  std::unique_ptr<ReadyMark> ready;    // may be null
+  const SourceWatch* watch = nullptr;  // may be null; valid until the gate has opened or the end
+};
+
+// The payload of a checkpoint as the committer sees it.
+struct PersistedFile {
+  const Layout* layout;
+  const PayloadFile* plan;
+  File* file;
+  std::vector<uint32_t> block_sums;
+};
+
+// Where a checkpoint goes: a directory of a run, or one file. Called by the writers (open) and the
+// committer; one call at a time.
+class Target {
+ public:
+  virtual ~Target() = default;
+  // A file of the checkpoint, of its full size, ready to be written.
+  virtual std::unique_ptr<File> open(const PayloadFile& plan) = 0;
+  // Makes everything durable, then visible. Returns only when both are certain.
+  virtual void publish(const Identity& identity, std::vector<PersistedFile>& files,
+                       std::span<const std::byte> manifest) = 0;
+  // After a failure, once no I/O is under way: leaves nothing behind.
+  virtual void discard() = 0;
+  // After publish() and the acknowledgement: retires what this checkpoint replaces.
+  virtual void retire() = 0;
+};
+
+// A publication whose result cannot be known (a sync failed after the name appeared): nothing may
+// be written to this place any more.
+class OutcomeUnknown : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class Checkpoint {
+ public:
+  enum class State { in_flight, committed, failed };
+
+  // `changed` is called, without locks held, after every change another worker may wait for.
+  Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
+             std::unique_ptr<Target> target, std::function<void()> changed);
+
+  const Identity& identity() const { return identity_; }
+  const std::string& name() const { return name_; }
+
+  // -- the caller --------------------------------------------------------------------------------
+
+  // Layers may come in any order. Throws std::invalid_argument when the sources do not fit the
+  // plan; does nothing on a failed checkpoint. Never waits.
+  void hand_over(size_t layer, HandOver hand_over);
+
+  // What is known only at the end, as one layer more.
+  struct Addition {
+    std::shared_ptr<const Layout> layout;  // of one layer
+    HandOver hand_over;
+  };
+
+  // Nothing more will come. Throws std::logic_error when a layer was never handed over.
+  void seal(std::vector<std::byte> manifest, std::optional<Addition> addition);
+
+  bool awaits_seal() const;  // neither sealed nor failed
+
+  // Any thread. The first error counts; a checkpoint that has ended stays as it is.
+  void fail(std::exception_ptr error);
+
+  // The gate: `layer` is staged, or the checkpoint failed. False when the time has passed first.
+  bool wait_staged(size_t layer, Clock::time_point until) const;
+  bool wait_all_staged(Clock::time_point until) const;
+  // Opens the gate behind a staged layer: the tripwire is read, then taken down. Throws nothing; a
+  // change found fails the checkpoint.
+  void open_gate(size_t layer);
+
+  bool wait_finished(Clock::time_point until) const;
+  State state() const;
+  std::exception_ptr error() const;
+  double durable_seconds() const;  // begin to commit, once published
+  uint64_t payload_bytes() const;
+
+  // -- the stager --------------------------------------------------------------------------------
+
+  struct Work {
+    const LayerPlan* plan;
+    const Layout* layout;
+    uint32_t first_file;  // of `layout`, among the checkpoint's files
+    bool is_first_of_layout;
+    HandOver* hand_over;
+  };
+  // The next layer in layout order, if it was handed over.
+  std::optional<Work> next_layer();
+  void layer_staged();
+  bool staging_ended() const;  // sealed and everything staged
+  void stop_staging();         // after a failure: nothing of it is being copied any more
+
+  // -- the writers -------------------------------------------------------------------------------
+
+  void block_opened();  // counts I/O that may still come
+  void block_gone();
+  void write_block(uint32_t file, uint64_t block, std::span<const std::byte> bytes, uint32_t crc);
+
+  // -- the committer -----------------------------------------------------------------------------
+
+  bool ready_to_publish() const;
+  bool ready_to_discard() const;
+  void publish();  // everything but the acknowledgement
+  void discard();
+  void finish(State state);  // the acknowledgement: whoever waits goes on
+  void retire() { target_->retire(); }
+
+ private:
+  struct FileState {
+    const Layout* layout;
+    uint32_t index_in_layout;
+    uint64_t blocks_left;
+    std::vector<uint32_t> block_sums;
+    std::unique_ptr<File> file;  // guarded by open_mutex_
+  };
+
+  void add_files(const Layout& layout);
+  size_t layer_count() const;
+  File& file(uint32_t index);
+  void require_unchanged();
+
+  const Identity identity_;
+  const std::string name_;
+  const std::shared_ptr<const Layout> layout_;
+  const std::unique_ptr<Target> target_;
+  const std::function<void()> changed_;
+  const Clock::time_point begun_ = Clock::now();
+
+  std::mutex open_mutex_;  // guards opening: I/O under it, so that only the first writer opens
+
+  mutable std::mutex mutex_;  // guards everything below
+  mutable std::condition_variable progress_;
+  std::vector<std::unique_ptr<FileState>> files_;
+  std::deque<std::optional<HandOver>> handed_over_;  // seal() adds; the others stay in place
+  std::shared_ptr<const Layout> addition_;
+  std::vector<std::byte> manifest_;
+  size_t layers_taken_ = 0;
+  size_t layers_staged_ = 0;
+  size_t blocks_alive_ = 0;
+  bool sealed_ = false;
+  bool staging_stopped_ = false;
+  std::exception_ptr error_;
+  State state_ = State::in_flight;
+  Clock::time_point published_{};
+};
+
+}  // namespace pccheck

@@ -1,0 +1,100 @@
+#include "cpp/committer.h"
+
+#include <utility>
+
+namespace pccheck {
+
+void Committer::add(std::shared_ptr<Checkpoint> checkpoint) {
+  const std::lock_guard lock(mutex_);
+  in_flight_.push_back(std::move(checkpoint));
+}
+
+size_t Committer::in_flight() const {
+  const std::lock_guard lock(mutex_);
+  return in_flight_.size();
+}
+
+CommitCounts Committer::counts() const {
+  const std::lock_guard lock(mutex_);
+  return counts_;
+}
+
+std::exception_ptr Committer::outcome_unknown() const {
+  const std::lock_guard lock(mutex_);
+  return outcome_unknown_;
+}
+
+std::optional<std::string> Committer::take_complaint() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(complaint_, std::nullopt);
+}
+
+bool Committer::run_one() noexcept {
+  std::shared_ptr<Checkpoint> oldest;
+  {
+    const std::lock_guard lock(mutex_);
+    if (in_flight_.empty()) return false;
+    oldest = in_flight_.front();
+  }
+  if (oldest->ready_to_publish()) {
+    publish(*oldest);
+    return true;
+  }
+  if (oldest->ready_to_discard()) {
+    housekeeping([&] { oldest->discard(); });
+    end(*oldest, Checkpoint::State::failed);
+    return true;
+  }
+  return false;
+}
+
+void Committer::publish(Checkpoint& checkpoint) {
+  try {
+    if (const std::exception_ptr unknown = outcome_unknown()) std::rethrow_exception(unknown);
+    checkpoint.publish();
+  } catch (const OutcomeUnknown&) {
+    {
+      const std::lock_guard lock(mutex_);
+      outcome_unknown_ = std::current_exception();
+    }
+    checkpoint.fail(std::current_exception());
+  } catch (...) {
+    checkpoint.fail(std::current_exception());
+  }
+  if (checkpoint.error()) {
+    checkpoint.stop_staging();  // it was staged whole; discarded at the next call
+    return;
+  }
+  // Acknowledged, and out of the way of the next, before the clearing up that nobody waits for.
+  end(checkpoint, Checkpoint::State::committed);
+  housekeeping([&] { checkpoint.retire(); });
+}
+
+void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
+  {
+    const std::lock_guard lock(mutex_);
+    in_flight_.pop_front();
+    if (state == Checkpoint::State::failed) {
+      ++counts_.failed;
+    } else {
+      ++counts_.committed;
+      counts_.bytes += checkpoint.payload_bytes();
+      counts_.last_durable_seconds = checkpoint.durable_seconds();
+      counts_.durable_seconds += counts_.last_durable_seconds;
+      counts_.last_committed_step = checkpoint.identity().step;
+    }
+  }
+  checkpoint.finish(state);  // last: who waited for it finds it counted
+}
+
+template <typename Work>
+void Committer::housekeeping(Work work) {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    const std::lock_guard lock(mutex_);
+    if (!complaint_) complaint_ = error.what();
+  }
+}
+
+}  // namespace pccheck

@@ -1,0 +1,106 @@
+// Committing a checkpoint as a directory: everything durable under `<name>.partial`, then the
+// rename. The order of the steps is the guarantee; each is explained where it stands.
+#include <algorithm>
+
+#include "cpp/crc32c.h"
+#include "cpp/run_directory.h"
+
+namespace pccheck {
+namespace {
+
+class DirectoryTarget final : public Target {
+ public:
+  DirectoryTarget(std::shared_ptr<RunDirectory> run, std::string name)
+      : run_(std::move(run)), name_(std::move(name)) {}
+
+  std::unique_ptr<File> open(const PayloadFile& plan) override {
+    prepare();
+    std::unique_ptr<File> file = reuse_or_create(plan.name);
+    // A recycled file of the right size has its blocks already; that is what makes it fast.
+    if (file->size_bytes() != plan.size_bytes) file->allocate(plan.size_bytes);
+    return file;
+  }
+
+  void publish(const Identity& identity, std::vector<PersistedFile>& files,
+               std::span<const std::byte> manifest) override {
+    prepare();  // a checkpoint without a single tensor has not opened anything
+    Checksums checksums{.identity = identity,
+                        .block_bytes = 0,
+                        .manifest_bytes = manifest.size(),
+                        .manifest_crc = crc32c(0, manifest),
+                        .files = {}};
+    for (PersistedFile& file : files) {
+      checksums.block_bytes = file.layout->block_bytes();
+      checksums.files.push_back({file.plan->name, file.plan->size_bytes, file.block_sums});
+    }
+    if (files.empty()) checksums.block_bytes = kDirectAlignment;
+    remove_strangers(files);
+
+    // The small files are written before the first sync, so that one journal commit serves all.
+    const std::unique_ptr<File> manifest_file = write_small(kManifestName, manifest);
+    const std::unique_ptr<File> sums_file = write_small(kChecksumsName, encode(checksums));
+    for (PersistedFile& file : files) file.file->sync_data();
+    manifest_file->sync_data();
+    sums_file->sync_data();
+    directory_->sync();
+    run_->publish(name_, *directory_);
+  }
+
+  void discard() override {
+    directory_.reset();
+    run_->discard(name_);
+  }
+
+  void retire() override {
+    directory_.reset();
+    run_->retire();
+  }
+
+ private:
+  void prepare() {
+    if (directory_) return;
+    RunDirectory::Partial partial = run_->prepare(name_);
+    directory_ = std::move(partial.directory);
+    recycled_ = partial.recycled;
+  }
+
+  std::unique_ptr<File> reuse_or_create(const std::string& name) {
+    if (recycled_ && directory_->exists(name)) {
+      if (std::unique_ptr<File> file = directory_->reuse_file(name)) return file;
+      directory_->remove_file(name);  // whoever still reads it keeps its own copy
+    }
+    return directory_->create_file(name);
+  }
+
+  std::unique_ptr<File> write_small(const std::string& name, std::span<const std::byte> bytes) {
+    std::unique_ptr<File> file = reuse_or_create(name);
+    file->allocate(bytes.size());
+    file->pwrite(bytes, 0);
+    return file;
+  }
+
+  // A recycled directory may hold a file that this checkpoint has not.
+  void remove_strangers(const std::vector<PersistedFile>& files) {
+    if (!recycled_) return;
+    for (const Entry& entry : directory_->list()) {
+      const bool ours = entry.name == kManifestName || entry.name == kChecksumsName ||
+                        std::ranges::any_of(files, [&](const PersistedFile& file) {
+                          return file.plan->name == entry.name;
+                        });
+      if (!ours) directory_->remove_file(entry.name);
+    }
+  }
+
+  const std::shared_ptr<RunDirectory> run_;
+  const std::string name_;
+  std::unique_ptr<Directory> directory_;
+  bool recycled_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Target> make_directory_target(std::shared_ptr<RunDirectory> run, std::string name) {
+  return std::make_unique<DirectoryTarget>(std::move(run), std::move(name));
+}
+
+}  // namespace pccheck

@@ -1,0 +1,86 @@
+#include "cpp/engine.h"
+
+#include <stdexcept>
+
+namespace pccheck {
+namespace {
+
+constexpr unsigned kMaxWriters = 256;
+
+EngineOptions checked(EngineOptions options) {
+  if (options.writer_threads == 0 || options.writer_threads > kMaxWriters)
+    throw std::invalid_argument("number of writer threads must be 1 to 256, not " +
+                                std::to_string(options.writer_threads));
+  if (options.max_in_flight == 0)
+    throw std::invalid_argument("number of checkpoints in flight must be at least 1");
+  return options;
+}
+
+}  // namespace
+
+Engine::Engine(EngineOptions options, std::unique_ptr<Copier> copier,
+               std::unique_ptr<SlotMemory> memory)
+    : options_(checked(options)),
+      copier_(std::move(copier)),
+      pool_(std::move(memory), options_.block_bytes, [this] { stager_bell_.ring(); }),
+      stager_(pool_, *copier_, full_),
+      writers_(full_) {
+  threads_.push_back(std::make_unique<WorkerThread>(stager_, stager_bell_, "pccheck-stage"));
+  for (unsigned i = 0; i < options_.writer_threads; ++i)
+    threads_.push_back(std::make_unique<WorkerThread>(writers_, writer_bell_, "pccheck-write"));
+  threads_.push_back(std::make_unique<WorkerThread>(committer_, committer_bell_, "pccheck-commit"));
+}
+
+Engine::~Engine() {
+  if (newest_ && newest_->awaits_seal())
+    newest_->fail(std::make_exception_ptr(
+        std::runtime_error("checkpoint " + newest_->name() + " was never sealed")));
+  wait_idle(Clock::time_point::max());
+  threads_.clear();
+}
+
+bool Engine::wait_room(Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return progress_.wait_until(lock, until,
+                              [&] { return committer_.in_flight() < options_.max_in_flight; });
+}
+
+bool Engine::wait_idle(Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return progress_.wait_until(lock, until, [&] { return committer_.in_flight() == 0; });
+}
+
+std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
+                                          std::shared_ptr<const Layout> layout,
+                                          std::unique_ptr<Target> target) {
+  if (const std::exception_ptr unknown = committer_.outcome_unknown())
+    std::rethrow_exception(unknown);
+  if (newest_ && newest_->awaits_seal())
+    throw std::logic_error("checkpoint " + newest_->name() + " is not sealed yet");
+  if (committer_.in_flight() >= options_.max_in_flight)
+    throw std::logic_error("there is no room for one more checkpoint in flight");
+  if (layout->block_bytes() != options_.block_bytes)
+    throw std::invalid_argument("the layout was made for another block size");
+  if (pool_.slot_count() <= layout->open_blocks())
+    throw std::invalid_argument(
+        "staging memory of " + std::to_string(staging_bytes()) + " bytes holds " +
+        std::to_string(pool_.slot_count()) + " blocks of " + std::to_string(options_.block_bytes) +
+        "; this state needs at least " + std::to_string(layout->open_blocks() + 1));
+  newest_ = std::make_shared<Checkpoint>(identity, std::move(name), std::move(layout),
+                                         std::move(target), [this] { something_changed(); });
+  committer_.add(newest_);
+  stager_.add(newest_);
+  something_changed();
+  return newest_;
+}
+
+void Engine::something_changed() {
+  stager_bell_.ring();
+  committer_bell_.ring();
+  {
+    const std::lock_guard lock(mutex_);
+  }  // whoever looked before the change is waiting by now
+  progress_.notify_all();
+}
+
+}  // namespace pccheck

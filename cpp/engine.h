@@ -1,0 +1,84 @@
+// The engine: one pool, one stager, some writers, one committer, and the checkpoints in flight.
+//
+//   begin -> hand_over(layer) ... -> seal -> committed | failed
+//
+// Calls come from one thread at a time (the trainer's); the waits may come from any. Checkpoints
+// are staged and published in the order in which they were begun. Staging never waits for anything
+// but free slots, nothing waits for a checkpoint that is not sealed, so there is no deadlock as
+// long as the pool holds Layout::open_blocks() + 1 slots: begin() refuses less.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpp/block.h"
+#include "cpp/checkpoint.h"
+#include "cpp/committer.h"
+#include "cpp/stager.h"
+#include "cpp/staging_pool.h"
+#include "cpp/worker.h"
+#include "cpp/writer_pool.h"
+
+namespace pccheck {
+
+struct EngineOptions {
+  size_t block_bytes;
+  unsigned writer_threads;
+  size_t max_in_flight;  // checkpoints; one more waits
+};
+
+class Engine {
+ public:
+  // Starts the threads. Throws std::invalid_argument naming the option that cannot be.
+  Engine(EngineOptions options, std::unique_ptr<Copier> copier, std::unique_ptr<SlotMemory> memory);
+  // Checkpoints that were never sealed fail; the others are finished first.
+  ~Engine();
+
+  // False when `until` has passed and still `max_in_flight` checkpoints are in flight.
+  bool wait_room(Clock::time_point until) const;
+
+  // Throws std::logic_error when there is no room (see wait_room) or the one before is not sealed,
+  // std::invalid_argument when the layout needs more slots than the pool has, OutcomeUnknown after
+  // a publication whose result is unknown.
+  std::shared_ptr<Checkpoint> begin(Identity identity, std::string name,
+                                    std::shared_ptr<const Layout> layout,
+                                    std::unique_ptr<Target> target);
+
+  bool wait_idle(Clock::time_point until) const;  // nothing in flight
+
+  size_t in_flight() const { return committer_.in_flight(); }
+  CommitCounts counts() const { return committer_.counts(); }
+  std::optional<std::string> take_complaint() { return committer_.take_complaint(); }
+  size_t staging_bytes() const { return pool_.slot_bytes() * pool_.slot_count(); }
+  size_t free_slots() const { return pool_.free_slots(); }
+  size_t slot_count() const { return pool_.slot_count(); }
+  Copier& copier() { return *copier_; }
+
+ private:
+  void something_changed();
+
+  const EngineOptions options_;
+  const std::unique_ptr<Copier> copier_;
+
+  Doorbell stager_bell_, writer_bell_, committer_bell_;
+  mutable std::mutex mutex_;  // guards nothing but the waiting on progress_
+  mutable std::condition_variable progress_;
+
+  StagingPool pool_;
+  BlockQueue full_{writer_bell_};
+  Stager stager_;
+  WriterPool writers_;
+  Committer committer_;
+  std::shared_ptr<Checkpoint> newest_;  // the caller's thread only
+
+  // Last: they stop before anything they use goes away.
+  std::vector<std::unique_ptr<WorkerThread>> threads_;
+};
+
+}  // namespace pccheck

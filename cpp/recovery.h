@@ -1,0 +1,67 @@
+// Reading a committed checkpoint back: every block that is touched is verified before one of its
+// bytes reaches a tensor. Reads go past the page cache where the file system allows it, several at
+// a time, each through a buffer of its own.
+//
+// Nothing in the files is believed: names are single components, sizes and counts are checked
+// against the files before anything is allocated, all offsets against the sizes.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cpp/file.h"
+#include "cpp/format.h"
+
+namespace pccheck {
+
+// A range of a payload file and where it is to go.
+struct ReadRequest {
+  uint32_t file;  // index into CheckpointReader::checksums().files
+  uint64_t offset;
+  std::span<std::byte> into;
+};
+
+// What block reading needs to know of one file.
+struct VerifiedFile {
+  File* file;
+  std::string path;  // for messages
+  uint64_t grid_begin;
+  uint64_t size_bytes;
+  uint64_t block_bytes;
+  std::span<const uint32_t> block_sums;
+};
+
+// Reads the requests with `threads` threads. Throws CorruptCheckpoint naming file and block when a
+// checksum does not match, or the file when a request lies outside it. After an error the
+// destinations' contents are undefined.
+void read_verified(std::span<const VerifiedFile> files, std::vector<ReadRequest> requests,
+                   unsigned threads);
+
+class CheckpointReader {
+ public:
+  // Opens `<run>/<name>`, locks it shared for as long as this object lives (so that the writer will
+  // not recycle it), reads and checks checksums.bin and the manifest, and the files' presence and
+  // sizes. Throws CorruptCheckpoint, or std::system_error where something cannot be opened.
+  CheckpointReader(const std::string& run_path, const std::string& name);
+
+  const Checksums& checksums() const { return checksums_; }
+  std::span<const std::byte> manifest() const { return manifest_; }
+  const std::string& path() const { return directory_->path(); }
+
+  void read(std::vector<ReadRequest> requests, unsigned threads) const;
+
+  // Reads everything.
+  void verify(unsigned threads) const;
+
+ private:
+  std::vector<VerifiedFile> verified_files() const;
+
+  std::unique_ptr<Directory> directory_;
+  Checksums checksums_;
+  std::vector<std::byte> manifest_;
+  std::vector<std::unique_ptr<File>> files_;
+};
+
+}  // namespace pccheck

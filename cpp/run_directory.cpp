@@ -1,0 +1,197 @@
+#include "cpp/run_directory.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <thread>
+
+namespace pccheck {
+namespace {
+
+constexpr std::string_view kStepPrefix = "step-";
+constexpr size_t kStepDigits = 8;
+
+// What we put into checkpoint directories. A directory that holds anything else is not ours to
+// remove or to write into, whatever it is called.
+bool is_checkpoint_file(const Entry& entry) {
+  return entry.kind == EntryKind::file &&
+         (entry.name == kManifestName || entry.name == kChecksumsName ||
+          entry.name.ends_with(".safetensors"));
+}
+
+bool holds_only_checkpoint_files(Directory& directory) {
+  return std::ranges::all_of(directory.list(), is_checkpoint_file);
+}
+
+}  // namespace
+
+std::optional<uint64_t> step_of_name(const std::string& name) {
+  if (!name.starts_with(kStepPrefix)) return std::nullopt;
+  const std::string digits = name.substr(kStepPrefix.size());
+  const bool plain = digits.size() >= kStepDigits && digits.size() <= 18 &&
+                     digits.find_first_not_of("0123456789") == std::string::npos;
+  if (!plain || (digits.size() > kStepDigits && digits[0] == '0')) return std::nullopt;
+  return std::stoull(digits);
+}
+
+std::string name_of_step(uint64_t step) {
+  std::string digits = std::to_string(step);
+  if (digits.size() < kStepDigits) digits.insert(0, kStepDigits - digits.size(), '0');
+  return std::string(kStepPrefix) + digits;
+}
+
+RunDirectory::RunDirectory(std::unique_ptr<Directory> directory, std::unique_ptr<File> lock,
+                           Options options)
+    : directory_(std::move(directory)), lock_(std::move(lock)), options_(options) {
+  directory_->sync();
+  for (const Entry& entry : directory_->list()) {
+    if (entry.kind != EntryKind::directory) continue;
+    if (const auto step = step_of_name(entry.name)) committed_.insert(*step);
+    if (entry.name.ends_with(kPartialSuffix)) reclaim(entry.name);
+  }
+}
+
+void RunDirectory::reclaim(const std::string& name) {
+  std::unique_ptr<Directory> found = directory_->open_directory(name);
+  // Locked: a write of the process that died is still under way. It keeps its directory.
+  if (!holds_only_checkpoint_files(*found) || !found->try_lock(LockMode::exclusive)) return;
+  if (spares_.size() < options_.max_spares)
+    spares_.push_back({name, std::move(found)});
+  else
+    remove_tree(*directory_, name);
+}
+
+RunDirectory::Partial RunDirectory::prepare(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  if (directory_->exists(name))
+    throw std::system_error(EEXIST, std::generic_category(),
+                            "checkpoint " + path() + "/" + name + " exists already");
+  const std::string partial = name + kPartialSuffix;
+  // One that bears the name already comes first: the name must come free in any case.
+  auto spare = std::ranges::find(spares_, partial, &Spare::name);
+  if (spare == spares_.end() && !spares_.empty()) spare = spares_.begin();
+  if (spare != spares_.end()) {
+    Spare taken = std::move(*spare);
+    spares_.erase(spare);
+    if (taken.name != partial) directory_->rename(taken.name, partial);
+    // Opened again for its new path, which errors will name. The lock moves over without a gap that
+    // matters: nobody but the holder of .lock locks a partial directory exclusively.
+    std::unique_ptr<Directory> opened = directory_->open_directory(partial);
+    taken.directory.reset();
+    if (opened->try_lock(LockMode::exclusive)) return {std::move(opened), true};
+  }
+  if (directory_->exists(partial)) directory_->rename(partial, partial + kStaleSuffix);
+  std::unique_ptr<Directory> made = directory_->create_directory(partial);
+  made->try_lock(LockMode::exclusive);
+  return {std::move(made), false};
+}
+
+void RunDirectory::publish(const std::string& name, Directory& partial) {
+  const std::lock_guard lock(mutex_);
+  partial.unlock();  // readers lock it shared from the moment they can see it
+  directory_->rename(name + kPartialSuffix, name);
+  try {
+    directory_->sync();
+  } catch (const std::exception& error) {
+    throw OutcomeUnknown("checkpoint " + path() + "/" + name +
+                         " is visible, but whether it would survive a power loss is unknown (" +
+                         error.what() + "); nothing more is written to this directory");
+  }
+  if (const auto step = step_of_name(name)) committed_.insert(*step);
+}
+
+void RunDirectory::discard(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  const std::string partial = name + kPartialSuffix;
+  if (directory_->exists(partial)) remove_tree(*directory_, partial);
+}
+
+void RunDirectory::retire() {
+  const std::lock_guard lock(mutex_);
+  if (options_.keep_last == 0 || committed_.size() <= options_.keep_last) return;
+  size_t excess = committed_.size() - options_.keep_last;
+  std::vector<Spare> retired;
+  for (auto step = committed_.begin(); excess > 0; --excess) {
+    const std::string name = name_of_step(*step);
+    if (!directory_->exists(name)) {  // removed by the user
+      step = committed_.erase(step);
+      continue;
+    }
+    std::unique_ptr<Directory> old = directory_->open_directory(name);
+    if (!holds_only_checkpoint_files(*old) || !old->try_lock(LockMode::exclusive)) {
+      ++step;
+      continue;
+    }
+    directory_->rename(name, name + kPartialSuffix);
+    retired.push_back({name + kPartialSuffix, std::move(old)});
+    step = committed_.erase(step);
+  }
+  if (retired.empty()) return;
+  // Before a byte of them is overwritten, no crash may bring their names back.
+  directory_->sync();
+  for (Spare& spare : retired) {
+    if (spares_.size() < options_.max_spares)
+      spares_.push_back(std::move(spare));
+    else
+      remove_tree(*directory_, spare.name);
+  }
+}
+
+std::optional<uint64_t> RunDirectory::sealed_step(const std::string& name) {
+  if (const auto step = step_of_name(name)) return step;
+  try {
+    const std::unique_ptr<Directory> directory = directory_->open_directory(name);
+    return decode_checksums(read_whole(*directory, kChecksumsName, kMaxChecksumsBytes))
+        .identity.step;
+  } catch (const std::exception&) {
+    return std::nullopt;  // not a checkpoint: no business of ours
+  }
+}
+
+std::vector<std::string> RunDirectory::set_aside_after(uint64_t step) {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> names;
+  for (const Entry& entry : directory_->list()) {
+    if (entry.kind != EntryKind::directory || entry.name.ends_with(kPartialSuffix) ||
+        entry.name.find(kStaleSuffix) != std::string::npos)
+      continue;
+    const std::optional<uint64_t> sealed = sealed_step(entry.name);
+    if (!sealed || *sealed <= step) continue;
+    std::string aside = entry.name + kStaleSuffix;
+    for (int n = 2; directory_->exists(aside); ++n)
+      aside = entry.name + kStaleSuffix + "-" + std::to_string(n);
+    directory_->rename(entry.name, aside);
+    if (step_of_name(entry.name)) committed_.erase(*sealed);
+    names.push_back(entry.name);
+  }
+  if (!names.empty()) directory_->sync();
+  std::ranges::sort(names);
+  return names;
+}
+
+void RunDirectory::remove_spares() {
+  const std::lock_guard lock(mutex_);
+  for (const Spare& spare : spares_) remove_tree(*directory_, spare.name);
+  spares_.clear();
+}
+
+std::unique_ptr<RunDirectory> open_run_directory(const std::string& path,
+                                                 RunDirectory::Options options,
+                                                 std::chrono::duration<double> timeout,
+                                                 const std::function<void()>& interrupted) {
+  constexpr auto kRetryAfter = std::chrono::milliseconds(20);
+  std::unique_ptr<Directory> directory = open_posix_directory(path, true);
+  const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);
+  while (true) {
+    if (std::unique_ptr<File> lock = directory->try_lock_file(kLockName))
+      return std::make_unique<RunDirectory>(std::move(directory), std::move(lock), options);
+    if (Clock::now() >= until)
+      throw std::runtime_error("another process is writing checkpoints to " + path +
+                               " and did not finish within " + std::to_string(timeout.count()) +
+                               " s; stop it, or use another checkpoint directory");
+    interrupted();
+    std::this_thread::sleep_for(kRetryAfter);
+  }
+}
+
+}  // namespace pccheck

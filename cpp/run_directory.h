@@ -1,0 +1,102 @@
+// The directory of one training run, held by its one writer: which checkpoints are in it, which
+// have been retired, what a crash left behind.
+//
+//   .lock                    flock'ed for as long as this object lives
+//   step-00000100/           committed
+//   step-00000110.partial/   in flight, left by a crash, or retired and waiting to be recycled
+//   step-00000120.stale/     committed once, then left aside when training went on from before it
+//
+// Safe on any thread.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cpp/checkpoint.h"
+#include "cpp/file.h"
+
+namespace pccheck {
+
+inline constexpr const char* kLockName = ".lock";
+inline constexpr const char* kPartialSuffix = ".partial";
+inline constexpr const char* kStaleSuffix = ".stale";
+
+// "step-00000100" -> 100; nothing for other names.
+std::optional<uint64_t> step_of_name(const std::string& name);
+std::string name_of_step(uint64_t step);
+
+class RunDirectory {
+ public:
+  struct Options {
+    size_t keep_last;   // committed steps kept; 0 keeps all
+    size_t max_spares;  // retired directories kept for recycling
+  };
+
+  // Takes over a locked directory: makes its entries durable (a rename seen after a crash may not
+  // be) and reclaims what a crash left behind.
+  RunDirectory(std::unique_ptr<Directory> directory, std::unique_ptr<File> lock, Options options);
+
+  const std::string& path() const { return directory_->path(); }
+
+  // A directory `<name>.partial`, exclusively locked: a recycled one if there is one. Throws
+  // std::system_error(EEXIST) when a checkpoint of that name exists.
+  struct Partial {
+    std::unique_ptr<Directory> directory;
+    bool recycled;
+  };
+  Partial prepare(const std::string& name);
+
+  // The partial directory is complete and durable: gives it its name, and makes that durable.
+  // Throws OutcomeUnknown when the last step failed.
+  void publish(const std::string& name, Directory& partial);
+
+  void discard(const std::string& name);
+
+  // Retires steps beyond keep_last, oldest first; those a reader has locked wait for the next call.
+  void retire();
+
+  // Training goes on from `step`: checkpoints of later steps are left aside as `.stale`. Returns
+  // their names.
+  std::vector<std::string> set_aside_after(uint64_t step);
+
+  // Removes what waits to be recycled; nothing is left but checkpoints.
+  void remove_spares();
+
+ private:
+  struct Spare {
+    std::string name;
+    std::unique_ptr<Directory> directory;  // exclusively locked
+  };
+
+  void reclaim(const std::string& name);
+  std::optional<uint64_t> sealed_step(const std::string& name);
+
+  const std::unique_ptr<Directory> directory_;
+  const std::unique_ptr<File> lock_;
+  const Options options_;
+
+  // Guards what follows and the directory's entries: renames happen under it, since the writers
+  // prepare while the committer retires.
+  std::mutex mutex_;
+  std::set<uint64_t> committed_;
+  std::vector<Spare> spares_;
+};
+
+// Opens and locks a run's directory, making it if need be. While another process holds it, waits up
+// to `timeout`, calling `interrupted` (which may throw) now and then; then throws
+// std::runtime_error.
+std::unique_ptr<RunDirectory> open_run_directory(const std::string& path,
+                                                 RunDirectory::Options options,
+                                                 std::chrono::duration<double> timeout,
+                                                 const std::function<void()>& interrupted);
+
+// A checkpoint that becomes `<run>/<name>/`.
+std::unique_ptr<Target> make_directory_target(std::shared_ptr<RunDirectory> run, std::string name);
+
+}  // namespace pccheck

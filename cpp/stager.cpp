@@ -1,0 +1,204 @@
+#include "cpp/stager.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpp/crc32c.h"
+
+namespace pccheck {
+namespace {
+
+// How much is handed to the copier at once: enough to hide the cost of a submission, little enough
+// that a failure or a stop is noticed soon.
+constexpr size_t kSubmissionBytes = size_t{4} << 20;
+
+}  // namespace
+
+Stager::Stager(StagingPool& pool, Copier& copier, BlockQueue& full)
+    : pool_(pool), copier_(copier), full_(full) {}
+
+void Stager::add(std::shared_ptr<Checkpoint> checkpoint) {
+  const std::lock_guard lock(mutex_);
+  checkpoints_.push_back(std::move(checkpoint));
+}
+
+std::shared_ptr<Checkpoint> Stager::current() {
+  const std::lock_guard lock(mutex_);
+  return checkpoints_.empty() ? nullptr : checkpoints_.front();
+}
+
+bool Stager::run_one() noexcept {
+  if (reap()) return true;
+  const std::shared_ptr<Checkpoint> checkpoint = current();
+  if (!checkpoint) return false;
+  if (checkpoint->error()) return abandon(checkpoint);
+  try {
+    if (stage_more(checkpoint)) return true;
+  } catch (...) {
+    checkpoint->fail(std::current_exception());
+    return true;
+  }
+  if (!checkpoint->staging_ended()) return false;
+  const std::lock_guard lock(mutex_);
+  checkpoints_.pop_front();
+  return true;
+}
+
+bool Stager::wait_outside() noexcept {
+  if (under_way_.empty()) return false;
+  try {
+    copier_.wait(under_way_.front().number);
+  } catch (...) {
+    under_way_.front().checkpoint->fail(std::current_exception());
+  }
+  return true;
+}
+
+bool Stager::reap() {
+  if (under_way_.empty()) return false;
+  bool done = true;
+  try {
+    done = copier_.done(under_way_.front().number);
+  } catch (...) {
+    under_way_.front().checkpoint->fail(std::current_exception());
+  }
+  if (!done) return false;
+  const Submission submission = std::move(under_way_.front());
+  under_way_.pop_front();
+  complete(submission);
+  return true;
+}
+
+void Stager::complete(const Submission& submission) {
+  for (const auto& [block, bytes] : submission.fills) {
+    block->filled += bytes;
+    if (block->filled == block->bytes) pass_on(block);
+  }
+  if (submission.ends_layer) submission.checkpoint->layer_staged();
+}
+
+void Stager::pass_on(Block* block) {
+  const auto found = std::find_if(open_.begin(), open_.end(),
+                                  [&](const auto& owned) { return owned.get() == block; });
+  std::unique_ptr<Block> full = std::move(*found);
+  open_.erase(found);
+  full_.push(std::move(full));
+}
+
+// After a failure. Blocks are let go only once no copy into them is under way.
+bool Stager::abandon(const std::shared_ptr<Checkpoint>& checkpoint) {
+  if (!under_way_.empty()) return false;
+  open_.clear();
+  layer_.reset();
+  headers_left_ = false;
+  {
+    const std::lock_guard lock(mutex_);
+    checkpoints_.pop_front();
+  }
+  checkpoint->stop_staging();
+  return true;
+}
+
+bool Stager::stage_more(const std::shared_ptr<Checkpoint>& checkpoint) {
+  if (!layer_) {
+    layer_ = checkpoint->next_layer();
+    if (!layer_) return false;
+    run_ = 0;
+    run_done_ = 0;
+    headers_left_ = layer_->is_first_of_layout;
+    header_file_ = 0;
+    header_block_ = 0;
+  }
+  if (headers_left_) return stage_headers(checkpoint);
+  return submit(checkpoint);
+}
+
+// Blocks that hold nothing but header: no tensor will ever open them.
+bool Stager::stage_headers(const std::shared_ptr<Checkpoint>& checkpoint) {
+  const Layout& layout = *layer_->layout;
+  for (; header_file_ < layout.files().size(); ++header_file_, header_block_ = 0) {
+    const PayloadFile& file = layout.files()[header_file_];
+    for (; header_block_ < layout.block_count(header_file_); ++header_block_) {
+      const uint64_t begin = layout.block_offset(header_file_, header_block_);
+      const size_t bytes = layout.block_size(header_file_, header_block_);
+      if (begin + bytes > file.data_begin()) break;
+      std::optional<SlotLease> slot = pool_.try_acquire();
+      if (!slot) return false;
+      auto block = std::make_unique<Block>(checkpoint, layer_->first_file + header_file_,
+                                           header_block_, bytes, std::move(*slot));
+      std::memcpy(block->contents().data(), file.header.data() + begin, bytes);
+      block->crc = crc32c(0, block->contents());
+      block->filled = block->summed = bytes;
+      full_.push(std::move(block));
+    }
+  }
+  headers_left_ = false;
+  return true;
+}
+
+Block* Stager::open_block(const std::shared_ptr<Checkpoint>& checkpoint, const Run& run,
+                          uint64_t at) {
+  const Layout& layout = *layer_->layout;
+  const PayloadFile& file = layout.files()[run.file];
+  const uint32_t file_index = layer_->first_file + run.file;
+  const uint64_t index = (at - file.grid_begin) / layout.block_bytes();
+  for (const std::unique_ptr<Block>& block : open_)
+    if (block->file == file_index && block->index == index) return block.get();
+  std::optional<SlotLease> slot = pool_.try_acquire();
+  if (!slot) return nullptr;
+  const uint64_t begin = layout.block_offset(run.file, index);
+  open_.push_back(std::make_unique<Block>(checkpoint, file_index, index,
+                                          layout.block_size(run.file, index), std::move(*slot)));
+  Block* block = open_.back().get();
+  if (file.grid_begin == 0 && begin < file.data_begin()) {
+    const size_t bytes = file.data_begin() - begin;
+    std::memcpy(block->contents().data(), file.header.data() + begin, bytes);
+    block->crc = crc32c(0, block->contents().first(bytes));
+    block->filled = block->summed = bytes;
+  }
+  return block;
+}
+
+bool Stager::submit(const std::shared_ptr<Checkpoint>& checkpoint) {
+  const std::vector<Run>& runs = layer_->plan->runs;
+  Submission submission{0, checkpoint, {}, false};
+  pieces_.clear();
+  size_t bytes = 0;
+  bool out_of_slots = false;
+  while (run_ < runs.size() && bytes < kSubmissionBytes) {
+    const Run& run = runs[run_];
+    const uint64_t at = run.begin + run_done_;
+    Block* block = open_block(checkpoint, run, at);
+    if (block == nullptr) {
+      out_of_slots = true;
+      break;
+    }
+    const uint64_t block_begin = layer_->layout->block_offset(run.file, block->index);
+    const size_t in_block = static_cast<size_t>(at - block_begin);
+    const size_t part =
+        static_cast<size_t>(std::min<uint64_t>(run.bytes - run_done_, block->bytes - in_block));
+    block->in_sequence = block->in_sequence && in_block == block->summed;
+    uint32_t* crc = nullptr;
+    if (block->in_sequence && copier_.sums_while_copying()) {
+      crc = &block->crc;
+      block->summed += part;
+    }
+    pieces_.push_back({layer_->hand_over->sources[run.source].data + run.source_offset + run_done_,
+                       block->contents().data() + in_block, part, crc});
+    submission.fills.emplace_back(block, part);
+    bytes += part;
+    run_done_ += part;
+    if (run_done_ == run.bytes) {
+      ++run_;
+      run_done_ = 0;
+    }
+  }
+  if (pieces_.empty() && out_of_slots) return false;
+  submission.ends_layer = run_ == runs.size();
+  submission.number = copier_.submit(pieces_, layer_->hand_over->ready.get());
+  under_way_.push_back(std::move(submission));
+  if (run_ == runs.size()) layer_.reset();
+  return true;
+}
+
+}  // namespace pccheck

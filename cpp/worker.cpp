@@ -1,0 +1,50 @@
+#include "cpp/worker.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+namespace pccheck {
+namespace {
+
+// Signals belong to the program's own threads: a handler run here would be run at a moment Python
+// does not expect.
+class AllSignalsBlocked {
+ public:
+  AllSignalsBlocked() {
+    sigset_t all;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~AllSignalsBlocked() { ::pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+void work(const std::stop_token& stop, Worker& worker, Doorbell& bell) {
+  while (true) {
+    const uint64_t seen = bell.rings();
+    if (stop.stop_requested()) return;
+    if (worker.run_one() || worker.wait_outside()) continue;
+    bell.wait_past(seen);
+  }
+}
+
+}  // namespace
+
+WorkerThread::WorkerThread(Worker& worker, Doorbell& bell, std::string name) : bell_(bell) {
+  const AllSignalsBlocked blocked;  // a new thread inherits its maker's mask
+  thread_ = std::jthread([&worker, &bell, name = std::move(name)](const std::stop_token& stop) {
+    ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
+    work(stop, worker, bell);
+  });
+}
+
+void WorkerThread::stop() {
+  if (!thread_.joinable()) return;
+  thread_.request_stop();
+  bell_.ring();
+  thread_.join();
+}
+
+}  // namespace pccheck

@@ -1,0 +1,68 @@
+// Workers: objects that do one piece of work when asked and never wait. In production each gets
+// threads of its own; the simulation calls them in a seeded order on one thread.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <stop_token>
+#include <string>
+#include <thread>
+
+namespace pccheck {
+
+class Worker {
+ public:
+  virtual ~Worker() = default;
+
+  // Does one piece of work. False: nothing to do until somebody rings. Errors of the work go to the
+  // checkpoint they belong to; nothing is thrown.
+  virtual bool run_one() noexcept = 0;
+
+  // Called by a thread when run_one() returned false, instead of waiting for the bell, as long as
+  // it returns true: waits for something outside, such as a device's copy.
+  virtual bool wait_outside() noexcept { return false; }
+};
+
+// Counts rings, so that one between looking and waiting is not lost.
+class Doorbell {
+ public:
+  uint64_t rings() const {
+    const std::lock_guard lock(mutex_);
+    return rings_;
+  }
+
+  void ring() {
+    {
+      const std::lock_guard lock(mutex_);
+      ++rings_;
+    }
+    rung_.notify_all();
+  }
+
+  void wait_past(uint64_t seen) const {
+    std::unique_lock lock(mutex_);
+    rung_.wait(lock, [&] { return rings_ != seen; });
+  }
+
+ private:
+  mutable std::mutex mutex_;  // guards rings_
+  mutable std::condition_variable rung_;
+  uint64_t rings_ = 0;
+};
+
+// Calls a worker on a thread until stopped; idle it takes no processor time.
+class WorkerThread {
+ public:
+  WorkerThread(Worker& worker, Doorbell& bell, std::string name);
+  ~WorkerThread() { stop(); }
+
+  // Returns once the piece of work under way has ended. May be called again.
+  void stop();
+
+ private:
+  Doorbell& bell_;
+  std::jthread thread_;
+};
+
+}  // namespace pccheck
