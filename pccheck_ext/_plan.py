@@ -1,0 +1,405 @@
+"""Which tensors a checkpoint has, of which layer and under which names, and how to fetch them.
+
+A plan is made once and used as long as the set of tensors stays the same; `PlanChangedError` says
+that it does not. Everything runs on the training thread.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pccheck_ext import _C, _codec
+from pccheck_ext.layers import ROOT_LAYER, plain_name, unwrap
+
+__all__ = ["BUFFERS_LAYER", "PlanChangedError", "SavePlan", "make_plan", "model_tensors"]
+
+BUFFERS_LAYER = "(buffers)"
+"""The layer of buffers whose modules own no parameters."""
+
+UNNAMED_LAYER = "(optimizer)"
+"""The layer of parameters that an optimizer updates and no module of the model owns."""
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
+EXTRA_FILE = "extra.safetensors"
+
+Fetch = Callable[[], "torch.Tensor | None"]
+
+
+class PlanChangedError(Exception):
+    """The set of tensors, or one's shape or dtype, is not what was planned."""
+
+
+@dataclass
+class PlannedTensor:
+    file: str
+    name: str
+    layer: int
+    fetch: Fetch
+    copied: bool  # to memory of its own at hand-over: others may change it before the next gate
+    dtype: torch.dtype
+    shape: torch.Size
+    device: str
+
+    def live(self) -> torch.Tensor:
+        """The tensor itself; PlanChangedError if it is gone or looks different."""
+        value = self.fetch()
+        if value is None or value.dtype != self.dtype or value.shape != self.shape:
+            raise PlanChangedError(self.name)
+        return value
+
+    def tensor(self) -> torch.Tensor:
+        """What is handed over."""
+        value = self.live()
+        return value.detach().clone() if self.copied else value
+
+
+@dataclass
+class SavePlan:
+    """What one checkpoint holds; `layout` is where. Immutable once made."""
+
+    layers: list[str]
+    layout: _C.Layout
+    tensors: list[PlannedTensor]
+    by_layer: list[list[PlannedTensor]]  # in the order in which the layout wants them
+    static_manifest: dict[str, Any]  # what is the same for every checkpoint of this plan
+    state_sizes: list[list[tuple[weakref.ref[torch.Tensor], int]]]
+    groups: list[int]
+    names: dict[torch.Tensor, str]  # of every parameter
+    has_extra_state: bool  # some module returns one from get_extra_state
+    index: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.index = {layer: i for i, layer in enumerate(self.layers)}
+
+    def has_all_tensors(self) -> bool:
+        """Whether everything planned is still there and looks the same."""
+        try:
+            for planned in self.tensors:
+                planned.live()
+        except PlanChangedError:
+            return False
+        return True
+
+    def still_fits(self, optimizer: torch.optim.Optimizer, layer: int | None = None) -> bool:
+        """Whether the optimizer has state for the same parameters as when the plan was made."""
+        if self.groups != [len(group["params"]) for group in optimizer.param_groups]:
+            return False
+        checked = self.state_sizes if layer is None else self.state_sizes[layer : layer + 1]
+        state = optimizer.state
+        for sizes in checked:
+            for reference, size in sizes:
+                parameter = reference()
+                if parameter is None or len(state.get(parameter, ())) != size:
+                    return False
+        return True
+
+
+def model_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The model's state_dict under plain names: its tensors (live, not copies) and what else.
+
+    "What else" is what modules return from ``get_extra_state``.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, Any] = {}
+    for key, value in unwrap(model).state_dict(keep_vars=True).items():
+        (tensors if isinstance(value, torch.Tensor) else others)[plain_name(key)] = value
+    return tensors, others
+
+
+def _fetchers(model: nn.Module) -> dict[str, tuple[str, Fetch]]:
+    """Per state_dict name, the module's name and how to read the tensor there is at the time."""
+    fetchers: dict[str, tuple[str, Fetch]] = {}
+    for module_name, module in unwrap(model).named_modules(remove_duplicate=False):
+        for table in (module._parameters, module._buffers):
+            for key in table:
+                name = plain_name(f"{module_name}.{key}" if module_name else key)
+                fetchers[name] = (plain_name(module_name + ".")[:-1], _table_entry(table, key))
+    return fetchers
+
+
+def _table_entry(table: Mapping[str, Any], key: str) -> Fetch:
+    return lambda: table.get(key)
+
+
+def _state_entry(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str) -> Fetch:
+    def fetch() -> torch.Tensor | None:
+        value = optimizer.state.get(parameter, {}).get(key)
+        return value if isinstance(value, torch.Tensor) else None
+
+    return fetch
+
+
+def _constant(tensor: torch.Tensor) -> Fetch:
+    return lambda: tensor
+
+
+def _gradient(parameter: torch.Tensor) -> Fetch:
+    return lambda: parameter.grad
+
+
+def same_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the very same bytes in the same order."""
+    return (
+        tensor.data_ptr() if tensor.numel() else id(tensor),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+    )
+
+
+def parameter_names(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[torch.Tensor, str], list[torch.Tensor]]:
+    """A name for each parameter of model and optimizer; and those that no module owns."""
+    names: dict[torch.Tensor, str] = {}
+    for name, parameter in unwrap(model).named_parameters():
+        names.setdefault(parameter, plain_name(name))
+    unowned: list[torch.Tensor] = []
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if parameter not in names:
+                names[parameter] = f"{UNNAMED_LAYER}.{g}.{i}"
+                unowned.append(parameter)
+    return names, unowned
+
+
+def make_plan(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update_order: list[str],
+    layer_parameters: Mapping[str, list[torch.Tensor]],
+    *,
+    block_bytes: int,
+    save_gradients: bool = False,
+    chunk_count: int = 1,
+) -> SavePlan:
+    """Plan a checkpoint of everything there is now.
+
+    With `chunk_count` over 1 all tensors form one layer. Raises TypeError naming a tensor that
+    cannot be stored.
+    """
+    builder = _Builder(model, optimizer, update_order, layer_parameters, chunk_count > 1)
+    builder.add_model()
+    builder.add_optimizer()
+    if save_gradients:
+        builder.add_gradients()
+    return builder.finish(block_bytes, chunk_count)
+
+
+class _Builder:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        update_order: list[str],
+        layer_parameters: Mapping[str, list[torch.Tensor]],
+        one_layer: bool,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.layers = [*update_order, UNNAMED_LAYER, BUFFERS_LAYER]
+        self.one_layer = one_layer
+        self.layer_of: dict[torch.Tensor, int] = {}
+        for i, layer in enumerate(update_order):
+            for parameter in layer_parameters[layer]:
+                self.layer_of.setdefault(parameter, i)
+        self.names, self.unowned = parameter_names(model, optimizer)
+        self.tensors: list[PlannedTensor] = []
+        self.has_extra_state = False
+        self.aliases: dict[str, str] = {}
+        self.index = {layer: i for i, layer in enumerate(self.layers)}
+
+    def add(self, file: str, name: str, layer: int, fetch: Fetch, copied: bool) -> None:
+        tensor = fetch()
+        if tensor is None:
+            raise PlanChangedError(name)
+        _C.dtype_name(tensor, name)  # refuses what cannot be stored
+        self.tensors.append(
+            PlannedTensor(
+                file, name, layer, fetch, copied, tensor.dtype, tensor.shape, tensor.device.type
+            )
+        )
+
+    def add_model(self) -> None:
+        first: dict[tuple[Any, ...], str] = {}
+        fetchers = _fetchers(self.model)
+        tensors, others = model_tensors(self.model)
+        self.has_extra_state = bool(others)
+        for name, tensor in tensors.items():
+            if tensor.layout == torch.strided:  # others are refused, by name, in add()
+                kept = first.setdefault(same_tensor(tensor), name)
+                if kept != name:
+                    self.aliases[name] = kept
+                    continue
+            module, fetch = fetchers.get(name, ("", _constant(tensor)))
+            layer = self.layer_of.get(tensor)
+            if layer is None:
+                layer = self.index.get(module or ROOT_LAYER, self.index[BUFFERS_LAYER])
+            # Forward changes buffers whenever it likes, so they are copied at once.
+            self.add(MODEL_FILE, name, layer, fetch, copied=not isinstance(tensor, nn.Parameter))
+
+    def add_optimizer(self) -> None:
+        unnamed = self.index[UNNAMED_LAYER]
+        for parameter in self.unowned:
+            name = self.names[parameter]
+            self.add(OPTIMIZER_FILE, name, unnamed, _constant(parameter), copied=False)
+        for parameter in self.parameters():
+            layer = self.layer_of.get(parameter, unnamed)
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if _is_tensor_entry(key, value):
+                    name = f"{self.names[parameter]}.{key}"
+                    fetch = _state_entry(self.optimizer, parameter, key)
+                    self.add(OPTIMIZER_FILE, name, layer, fetch, copied=False)
+
+    def add_gradients(self) -> None:
+        # Cleared by the loop before the next gate, so copied at once.
+        for parameter, name in self.names.items():
+            if parameter.grad is not None:
+                layer = self.layer_of.get(parameter, self.index[UNNAMED_LAYER])
+                self.add(GRADIENTS_FILE, name, layer, _gradient(parameter), copied=True)
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+    def copy_what_shares_memory(self) -> None:
+        """Tensors on one storage have one version counter: one's update looks like the other's."""
+        users: dict[int, list[PlannedTensor]] = {}
+        for planned in self.tensors:
+            tensor = planned.fetch()
+            if tensor is not None and tensor.numel() and not planned.copied:
+                users.setdefault(tensor.untyped_storage().data_ptr(), []).append(planned)
+        for sharing in users.values():
+            if len(sharing) > 1:
+                for planned in sharing:
+                    planned.copied = True
+
+    def finish(self, block_bytes: int, chunk_count: int) -> SavePlan:
+        self.copy_what_shares_memory()
+        if self.one_layer:
+            self.layers = ["(state)"]
+            for planned in self.tensors:
+                planned.layer = 0
+        order = sorted(self.tensors, key=lambda planned: planned.layer)
+        files = []
+        for file in (MODEL_FILE, OPTIMIZER_FILE, GRADIENTS_FILE):
+            entries = [
+                (p.name, _C.dtype_name(p.live(), p.name), list(p.shape), p.layer)
+                for p in order
+                if p.file == file
+            ]
+            if entries:
+                metadata = [("format", "pt")]
+                if file == MODEL_FILE:
+                    metadata += list(self.aliases.items())
+                files.append((file, metadata, entries))
+        layout = _C.Layout(files, len(self.layers), block_bytes, chunk_count)
+        by_key = {(p.file, p.name): p for p in order}
+        by_layer = []
+        described = []
+        for i, layer in enumerate(self.layers):
+            placed = layout.layer_tensors(i)
+            by_layer.append([by_key[file, name] for file, name, _, _ in placed])
+            if placed:
+                described.append(_describe(layer, placed, by_layer[-1]))
+        return SavePlan(
+            layers=self.layers,
+            layout=layout,
+            tensors=order,
+            by_layer=by_layer,
+            static_manifest={
+                "layers": described,
+                "aliases": dict(self.aliases),
+                "parameters": [
+                    [self.names[p] for p in group["params"]]
+                    for group in self.optimizer.param_groups
+                ],
+            },
+            state_sizes=self.state_sizes(),
+            groups=[len(group["params"]) for group in self.optimizer.param_groups],
+            names=self.names,
+            has_extra_state=self.has_extra_state,
+        )
+
+    def state_sizes(self) -> list[list[tuple[weakref.ref[torch.Tensor], int]]]:
+        sizes: list[list[tuple[weakref.ref[torch.Tensor], int]]] = [[] for _ in self.layers]
+        for parameter in self.parameters():
+            layer = 0
+            if not self.one_layer:
+                layer = self.layer_of.get(parameter, self.index[UNNAMED_LAYER])
+            size = len(self.optimizer.state.get(parameter, ()))
+            sizes[layer].append((weakref.ref(parameter), size))
+        return sizes
+
+
+def _describe(
+    layer: str, placed: list[tuple[str, str, int, int]], planned: list[PlannedTensor]
+) -> dict[str, Any]:
+    return {
+        "name": layer,
+        "param_count": sum(p.shape.numel() for p in planned if p.file == MODEL_FILE),
+        "size_bytes": sum(size for _, _, _, size in placed),
+        "tensors": [
+            _describe_tensor(where, p.dtype, p.shape, p.device)
+            for where, p in zip(placed, planned, strict=True)
+        ],
+    }
+
+
+def _describe_tensor(
+    placed: tuple[str, str, int, int], dtype: torch.dtype, shape: torch.Size, device: str
+) -> dict[str, Any]:
+    file, name, offset, size = placed
+    return {
+        "file": file,
+        "name": name,
+        "offset": offset,
+        "bytes": size,
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+    }
+
+
+def plan_extra(
+    tensors: Mapping[str, torch.Tensor], block_bytes: int
+) -> tuple[_C.Layout | None, list[dict[str, Any]]]:
+    """Where tensors found in other state go, known only when a checkpoint is sealed."""
+    if not tensors:
+        return None, []
+    entries = [
+        (name, _C.dtype_name(tensor, name), list(tensor.shape), 0)
+        for name, tensor in tensors.items()
+    ]
+    layout = _C.Layout([(EXTRA_FILE, [("format", "pt")], entries)], 1, block_bytes)
+    return layout, [
+        _describe_tensor(placed, tensor.dtype, tensor.shape, tensor.device.type)
+        for placed, tensor in zip(layout.layer_tensors(0), tensors.values(), strict=True)
+    ]
+
+
+def _is_tensor_entry(key: object, value: object) -> bool:
+    return isinstance(value, torch.Tensor) and isinstance(key, str)
+
+
+def non_tensor_state(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[torch.Tensor, str],
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter beside tensors, encoded; ``{}`` for most types."""
+    encoded: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        rest = {k: v for k, v in state.items() if not _is_tensor_entry(k, v)}
+        if rest:
+            name = names[parameter]
+            encoded[name] = _codec.encode(rest, f"optimizer.state.{name}", tensors)
+    return encoded

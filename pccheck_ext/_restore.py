@@ -1,0 +1,325 @@
+"""Putting a checkpoint back: what it holds is checked against what is there before anything changes,
+then read into the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pccheck_ext import _C, _codec, _plan
+from pccheck_ext._names import check_id, is_id, step_of
+from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
+
+__all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
+
+READ_THREADS = 4
+SUPPORTED_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    layer: str
+    file: int
+    offset: int
+    size_bytes: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: str
+
+
+class Stored:
+    """One checkpoint on disk, opened: its manifest, checked, and where its tensors are."""
+
+    def __init__(self, directory: str, checkpoint_id: str) -> None:
+        self.id = checkpoint_id
+        self.path = os.path.join(directory, checkpoint_id)
+        self.reader = _C.Reader(directory, checkpoint_id)
+        try:
+            self.manifest: dict[str, Any] = self._checked(_codec.loads(self.reader.manifest))
+            self.files = [name for name, _ in self.reader.files]
+            self.tensors = self._tensors()
+        except (_codec.DecodeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointCorrupt(
+                f"{self.path}/manifest.json is not what this library writes: {error!r}"
+            ) from error
+
+    @property
+    def step(self) -> int:
+        return self.reader.step
+
+    def _checked(self, manifest: Any) -> dict[str, Any]:
+        if not isinstance(manifest, dict) or manifest.get("format") != "pccheck":
+            raise ValueError("it does not begin as one")
+        if manifest["version"] != SUPPORTED_VERSION:
+            raise ValueError(
+                f"it has version {manifest['version']}, this library reads {SUPPORTED_VERSION}"
+            )
+        told = (manifest["training_step"], manifest["run_id"], manifest["save_id"])
+        sealed = (self.reader.step, self.reader.run_id.hex(), self.reader.save_id.hex())
+        if told != sealed or manifest["checkpoint_id"] != self.id:
+            raise ValueError(
+                f"it belongs to checkpoint {manifest['checkpoint_id']!r}, {told}, not {sealed}"
+            )
+        return manifest
+
+    def _tensors(self) -> dict[tuple[str, str], StoredTensor]:
+        numbers = {name: i for i, name in enumerate(self.files)}
+        tensors = {}
+        for layer in self.manifest["layers"]:
+            for entry in layer["tensors"]:
+                stored = _stored(layer["name"], entry, numbers)
+                tensors[entry["file"], stored.name] = stored
+        for entry in self.manifest["extra_tensors"]:
+            stored = _stored("", entry, numbers)
+            tensors[entry["file"], stored.name] = stored
+        return tensors
+
+    def of_file(self, file: str) -> dict[str, StoredTensor]:
+        return {name: tensor for (of, name), tensor in self.tensors.items() if of == file}
+
+    def read(self, pairs: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
+        """Read stored tensors into given ones of the same shape and dtype, wherever they are."""
+        reads = []
+        beside = []
+        for stored, target in pairs:
+            target = target.detach()
+            into = target
+            if not target.is_cpu or not target.is_contiguous() or target.is_neg():
+                into = torch.empty(stored.shape, dtype=stored.dtype)
+                beside.append((target, into))
+            reads.append((stored.file, stored.offset, into))
+        self.reader.read(reads, READ_THREADS)
+        with torch.no_grad():
+            for target, into in beside:
+                target.copy_(into)
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        stored = self.of_file(_plan.EXTRA_FILE)
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
+        self.read((stored[name], tensor) for name, tensor in tensors.items())
+        return tensors
+
+
+def _stored(layer: str, entry: dict[str, Any], numbers: Mapping[str, int]) -> StoredTensor:
+    dtype = getattr(torch, str(entry["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {entry['dtype']!r}")
+    shape = tuple(int(extent) for extent in entry["shape"])
+    size = dtype.itemsize
+    for extent in shape:
+        if extent < 0:
+            raise ValueError(f"tensor {entry['name']!r} has a negative extent")
+        size *= extent
+    if size != entry["bytes"]:
+        raise ValueError(f"tensor {entry['name']!r} does not fill its bytes")
+    return StoredTensor(
+        layer=str(layer),
+        file=numbers[entry["file"]],
+        offset=int(entry["offset"]),
+        size_bytes=size,
+        name=str(entry["name"]),
+        dtype=dtype,
+        shape=shape,
+        device=str(entry.get("device", "cpu")),
+    )
+
+
+def checkpoint_ids(directory: str) -> list[str]:
+    """Names of the checkpoint directories there are, steps in order, then the others."""
+    try:
+        with os.scandir(directory) as entries:
+            names = [e.name for e in entries if is_id(e.name) and e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    sealed = [n for n in names if os.path.isfile(os.path.join(directory, n, "checksums.bin"))]
+    return sorted(sealed, key=lambda name: (step_of(name) is None, step_of(name) or 0, name))
+
+
+def open_checkpoint(directory: str, checkpoint_id: str) -> Stored:
+    check_id(checkpoint_id)
+    if not os.path.isdir(os.path.join(directory, checkpoint_id)):
+        there = ", ".join(checkpoint_ids(directory)) or "none"
+        raise CheckpointNotFound(f"no checkpoint {checkpoint_id!r} in {directory}; found: {there}")
+    return Stored(directory, checkpoint_id)
+
+
+def newest_first(directory: str) -> list[tuple[int, str]]:
+    """(step, id) of every checkpoint whose name or seal tells its step, newest first."""
+    found = []
+    for name in checkpoint_ids(directory):
+        step = step_of(name)
+        if step is None:
+            try:
+                step = _C.Reader(directory, name).step
+            except (OSError, CheckpointCorrupt):
+                continue
+        found.append((step, name))
+    return sorted(found, reverse=True)
+
+
+@dataclass
+class Restored:
+    """Which reads have been agreed on, and the layers that the checkpoint has nothing of."""
+
+    pairs: list[tuple[StoredTensor, torch.Tensor]]
+    missing_layers: list[str]
+
+
+def restore_model(
+    stored: Stored, model: nn.Module, *, strict: bool, layer: str | None = None
+) -> Restored:
+    """Match a model against a checkpoint, without changing either.
+
+    Raises CheckpointMismatch where shapes or dtypes differ, where nothing fits, and, if `strict`,
+    where either has a tensor that the other has not.
+    """
+    tensors, _ = _plan.model_tensors(model)
+    in_file = stored.of_file(_plan.MODEL_FILE)
+    aliases = stored.manifest["aliases"]
+    pairs: list[tuple[StoredTensor, torch.Tensor]] = []
+    missing: list[str] = []
+    differing: list[str] = []
+    read: set[tuple[Any, ...]] = set()  # tied tensors are read once
+    for name, target in tensors.items():
+        found = in_file.get(aliases.get(name, name))
+        if found is None:
+            missing.append(name)
+        elif layer is not None and found.layer != layer:
+            continue
+        elif found.dtype != target.dtype or found.shape != tuple(target.shape):
+            differing.append(
+                f"{name} is {found.dtype} {list(found.shape)} in the checkpoint, "
+                f"{target.dtype} {list(target.shape)} in the model"
+            )
+        elif _plan.same_tensor(target) not in read:
+            read.add(_plan.same_tensor(target))
+            pairs.append((found, target))
+    known = {aliases.get(name, name) for name in tensors}
+    unexpected = [name for name in in_file if name not in known]
+    problems = list(differing)
+    if strict:
+        problems += [f"{name} is not in the checkpoint" for name in missing]
+        problems += [f"{name} is not in the model" for name in unexpected]
+    if not pairs and not problems and (tensors or in_file) and layer is None:
+        problems.append("they have no tensor in common")
+    if problems:
+        raise CheckpointMismatch(
+            f"{stored.path} does not fit the model, which is unchanged: " + "; ".join(problems[:8])
+            + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        )
+    return Restored(pairs, _layers_of(model, missing))
+
+
+def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
+    layers: dict[str, None] = {}
+    for name in tensor_names:
+        layers[name.rpartition(".")[0] or _plan.ROOT_LAYER] = None
+    return list(layers)
+
+
+def restore_extra_state(stored: Stored, model: nn.Module, extra: dict[str, torch.Tensor]) -> None:
+    """Hand modules what they returned from ``get_extra_state``."""
+    values = _codec.decode(stored.manifest["model"], extra, path="model")
+    for key, value in values.items():
+        module = _plan.unwrap(model).get_submodule(key.rpartition(".")[0])
+        module.set_extra_state(value)
+
+
+class OptimizerRestore:
+    """An optimizer's state, matched with a checkpoint by the parameters' names."""
+
+    def __init__(
+        self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer,
+        extra: dict[str, torch.Tensor],
+    ) -> None:
+        self.optimizer = optimizer
+        saved = stored.manifest["optimizer"]
+        kind = type(optimizer).__qualname__
+        self.names, unowned = _plan.parameter_names(model, optimizer)
+        groups = [[self.names[p] for p in g["params"]] for g in optimizer.param_groups]
+        if saved["type"] != kind or saved["parameters"] != groups:
+            raise CheckpointMismatch(
+                f"{stored.path} was saved with {saved['type']} over "
+                f"{_count(saved['parameters'])}; this is {kind} over {_count(groups)}, or their "
+                "names differ: build the optimizer as it was built for the saved run"
+            )
+        self.groups = _codec.decode(saved["param_groups"], extra, path="optimizer.param_groups")
+        rest = saved["state"]
+        by_name = {name: p for p, name in self.names.items()}
+        in_file = stored.of_file(_plan.OPTIMIZER_FILE)
+        self.state: dict[torch.Tensor, dict[str, Any]] = {}
+        self.pairs: list[tuple[StoredTensor, torch.Tensor]] = []
+        for parameter in unowned:
+            self.pairs.append((in_file.pop(self.names[parameter]), parameter))
+        for name, entry in in_file.items():
+            owner, _, key = name.rpartition(".")
+            parameter = by_name[owner]
+            value = self._destination(parameter, key, entry)
+            self.state.setdefault(parameter, {})[key] = value
+            self.pairs.append((entry, value))
+        for name, values in rest.items():
+            decoded = _codec.decode(values, extra, path=f"optimizer.state.{name}")
+            self.state.setdefault(by_name[name], {}).update(decoded)
+
+    def _destination(
+        self, parameter: torch.Tensor, key: str, entry: StoredTensor
+    ) -> torch.Tensor:
+        device = torch.device("cpu") if entry.device == "cpu" else parameter.device
+        there = self.optimizer.state.get(parameter, {}).get(key)
+        if (
+            isinstance(there, torch.Tensor)
+            and there.dtype == entry.dtype
+            and tuple(there.shape) == entry.shape
+            and there.device == device
+        ):
+            return there
+        if tuple(parameter.shape) == entry.shape:  # in the parameter's memory format
+            return torch.empty_like(
+                parameter, dtype=entry.dtype, device=device, requires_grad=False
+            )
+        return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+    def apply(self) -> None:
+        """After the reads: the state replaces what the optimizer had."""
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+        for group, saved in zip(self.optimizer.param_groups, self.groups, strict=True):
+            for key in [key for key in group if key != "params" and key not in saved]:
+                del group[key]
+            group.update(saved)
+
+
+def _count(groups: list[list[str]]) -> str:
+    return f"{sum(map(len, groups))} parameters in {len(groups)} groups"
+
+
+class GradientRestore:
+    """Gradients, where the checkpoint has them; parameters it has none for lose theirs."""
+
+    def __init__(
+        self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        in_file = stored.of_file(_plan.GRADIENTS_FILE)
+        names, _ = _plan.parameter_names(model, optimizer)
+        self.saved = bool(stored.manifest["config"].get("save_gradients"))
+        self.values: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.pairs: list[tuple[StoredTensor, torch.Tensor]] = []
+        for parameter, name in names.items():
+            entry = in_file.get(name)
+            value = None
+            if entry is not None:
+                value = torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False)
+                self.pairs.append((entry, value))
+            self.values.append((parameter, value))
+
+    def apply(self) -> None:
+        if self.saved:
+            for parameter, value in self.values:
+                parameter.grad = value

@@ -1,0 +1,439 @@
+"""Saving while training: watches the optimizer's step and feeds the engine.
+
+Step s is begun before its first layer is updated, each layer is handed over once it has been, and
+the step is sealed when the loop has done what belongs to it (see `StepSaver.seal`). Everything here
+runs on the training thread; the time it takes is the stall.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pccheck_ext import _C, _codec, _plan, _rng
+from pccheck_ext._names import step_id
+from pccheck_ext._plan import PlanChangedError, SavePlan
+from pccheck_ext.errors import CheckpointError
+from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
+from pccheck_ext.optimizer import LayerwiseOptimizer
+
+__all__ = ["StepSaver"]
+
+MANIFEST_VERSION = 1
+
+
+@dataclass
+class _AtStep:
+    """What belongs to a step and changes before it is sealed: read when the step was taken."""
+
+    rng: dict[str, Any]
+    data: dict[str, Any]
+    optimizer_state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    progress: dict[str, Any]
+
+
+@dataclass
+class _Begun:
+    ticket: _C.Ticket
+    plan: SavePlan
+    handed_over: set[int]
+
+
+class StepSaver:
+    """A `StepObserver` that makes a checkpoint of every `every`-th step.
+
+    `progress` is called for the step count and history to save, `extra` holds the objects with a
+    ``state_dict()``, of which those in `at_step` are read at the step and the others at the seal.
+    """
+
+    def __init__(
+        self,
+        session: _C.Session,
+        model: nn.Module,
+        optimizer: LayerwiseOptimizer,
+        *,
+        extra: Mapping[str, Any],
+        at_step: frozenset[str],
+        every: int,
+        block_bytes: int,
+        save_gradients: bool,
+        on_error: str,
+        progress: Callable[[], dict[str, Any]],
+        config: dict[str, Any],
+        order_is_given: bool,
+    ) -> None:
+        self.session = session
+        self.model = model
+        self.optimizer = optimizer
+        self.extra = dict(extra)
+        self.at_step = at_step
+        self.every = every
+        self.block_bytes = block_bytes
+        self.save_gradients = save_gradients
+        self.on_error = on_error
+        self.progress = progress
+        self.config = config
+        self.run_id = os.urandom(16)
+        self.step = 0
+        self.skip_next = False
+        self.stall_s = 0.0
+        self.steps_saved = 0
+        self._first_save = True
+        self._plan: SavePlan | None = None
+        self._whole_plan: SavePlan | None = None
+        self._begun: _Begun | None = None  # this step's, between before_step and after_step
+        self._pending: tuple[_Begun, _AtStep] | None = None  # taken, not sealed
+        self._gated: list[_Begun] = []  # tensors may not change yet
+        self._in_flight: list[_C.Ticket] = []
+        self.order_source = "given"
+        self._order: GradientOrder | None = None
+        if not order_is_given:
+            self._order = GradientOrder(group_parameters_by_layer(model))
+
+    # -- StepObserver ------------------------------------------------------------------------------
+
+    def before_step(self) -> bool:
+        if self._pending is None and not self._in_flight and not self._is_due():
+            return False  # most steps, where few are saved: nothing to look after
+        start = time.perf_counter()
+        try:
+            self.raise_failures()
+            self.seal()
+            if not self._is_due():
+                return False
+            self._settle_order()
+            plan = self._plan
+            if plan is None or not plan.still_fits(self.optimizer):
+                return False  # planned once the step has made its state
+            self._begun = self._begin(step_id(self.step + 1), self.step + 1, plan)
+            return self._begun is not None
+        finally:
+            self.stall_s += time.perf_counter() - start
+
+    def before_update(self, layer: str | None) -> None:
+        if not self._gated:
+            return
+        start = time.perf_counter()
+        for begun in self._gated:
+            index = None if layer is None else begun.plan.index.get(layer)
+            if index is None:
+                begun.ticket.open_all_gates()
+            else:
+                begun.ticket.open_gate(index)
+        if layer is None:
+            self._gated.clear()
+        self.stall_s += time.perf_counter() - start
+
+    def after_layer(self, layer: str) -> None:
+        begun = self._begun
+        if begun is None:
+            return
+        start = time.perf_counter()
+        index = begun.plan.index.get(layer)
+        try:
+            if index is not None:
+                if not begun.plan.still_fits(self.optimizer, index):
+                    raise PlanChangedError(layer)
+                self._hand_over(begun, index)
+        except PlanChangedError:
+            self._abandon_begun("the set of tensors changed during the step")
+        self.stall_s += time.perf_counter() - start
+
+    def after_step(self, applied: bool) -> None:
+        if not applied:
+            self._abandon_begun("the step was voided by the gradient scaler")
+            return
+        due = self._is_due()
+        self.skip_next = False
+        self.step += 1
+        if not due:
+            self._begun = None
+            return
+        start = time.perf_counter()
+        try:
+            self._finish_step()
+        finally:
+            self.stall_s += time.perf_counter() - start
+
+    def abort_step(self, error: BaseException) -> None:
+        self._abandon_begun(f"the optimizer's step raised {type(error).__name__}: {error}")
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        return not self.skip_next and (self.step + 1) % self.every == 0
+
+    def _settle_order(self) -> None:
+        if self._order is None:
+            return
+        self._order.close()
+        self.optimizer.set_update_order(
+            self._order.update_order(), group_parameters_by_layer(self.model)
+        )
+        self.order_source = self._order.source
+        self._order = None
+
+    def _finish_step(self) -> None:
+        begun, self._begun = self._begun, None
+        # A first save's order is known by now even where the step before was not to be saved.
+        self._settle_order()
+        # Gates of an older checkpoint: a step taken whole has passed them all, one by layers too.
+        self._gated = [older for older in self._gated if older is begun]
+        if begun is None:
+            begun = self._begin_planned_now(step_id(self.step), whole=False)
+            if begun is None:
+                return
+        try:
+            self._hand_over_rest(begun)
+        except PlanChangedError:
+            begun.ticket.abandon("the set of tensors changed during the step")
+            self._forget(begun)
+            begun = self._begin_planned_now(step_id(self.step), whole=False)
+            if begun is None:
+                return
+            self._hand_over_rest(begun)
+        self._pending = (begun, self._read_at_step(begun.plan))
+        self.steps_saved += 1
+
+    def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> _Begun | None:
+        plan = self._whole_plan if whole else self._plan
+        if plan is None or not plan.still_fits(self.optimizer) or not plan.has_all_tensors():
+            plan = _plan.make_plan(
+                self.model,
+                self.optimizer,
+                list(self.optimizer.layers),
+                self.optimizer.layers,
+                block_bytes=self.block_bytes,
+                save_gradients=self.save_gradients,
+                chunk_count=chunk_count,
+            )
+            if whole:
+                self._whole_plan = plan
+            else:
+                self._plan = plan
+        return self._begin(name, self.step, plan)
+
+    def _begin(self, name: str, step: int, plan: SavePlan) -> _Begun | None:
+        """None where the checkpoint cannot be begun and `on_error` lets training go on."""
+        for older in self._in_flight:
+            if older.name == name:
+                older.wait()  # an attempt at the same name that failed: let it clear its files away
+        try:
+            if self._first_save:
+                self._set_aside(step - 1 if name == step_id(step) else step)
+                self._first_save = False
+            ticket = self.session.begin(name, step, self.run_id, os.urandom(16), plan.layout)
+        except (OSError, RuntimeError) as error:
+            self._report(f"checkpoint {name} could not be begun: {error}", error)
+            return None
+        begun = _Begun(ticket, plan, set())
+        self._in_flight.append(ticket)
+        return begun
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.session.set_aside_after(step)
+        if aside:
+            warnings.warn(
+                f"training goes on from step {step} in a directory that holds later checkpoints; "
+                f"left aside as *.stale: {', '.join(aside)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _hand_over(self, begun: _Begun, index: int) -> None:
+        tensors = [planned.tensor() for planned in begun.plan.by_layer[index]]
+        if not begun.handed_over:
+            self._gated.append(begun)
+        begun.ticket.hand_over(index, tensors)
+        begun.handed_over.add(index)
+
+    def _hand_over_rest(self, begun: _Begun) -> None:
+        for index in range(len(begun.plan.layers)):
+            if index not in begun.handed_over:
+                self._hand_over(begun, index)
+
+    def _abandon_begun(self, reason: str) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.ticket.abandon(reason)
+            self._forget(begun)
+
+    def _forget(self, begun: _Begun) -> None:
+        """Drops a checkpoint that was given up on purpose: that is no failure to report."""
+        begun.ticket.wait()
+        begun.ticket.open_all_gates()
+        self._in_flight = [ticket for ticket in self._in_flight if ticket is not begun.ticket]
+        self._gated = [other for other in self._gated if other is not begun]
+
+    # -- what belongs to a step --------------------------------------------------------------------
+
+    def _read_at_step(self, plan: SavePlan) -> _AtStep:
+        tensors: dict[str, torch.Tensor] = {}
+        rng = _codec.encode(_rng.capture(), "rng", tensors)
+        data = {
+            name: _codec.encode(self.extra[name].state_dict(), f"extra.{name}", tensors)
+            for name in self.extra
+            if name in self.at_step
+        }
+        optimizer_state = _plan.non_tensor_state(self.optimizer, plan.names, tensors)
+        progress = _codec.encode(self.progress(), "progress", tensors)
+        owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return _AtStep(rng, data, optimizer_state, owned, progress)  # type: ignore[arg-type]
+
+    def seal(self, *, reread: bool = False) -> None:
+        """Read what loops change after the optimizer's step, and let the checkpoint commit.
+
+        Param groups and `extra` objects are read now. `reread`: RNG and data positions too, since
+        the caller knows that the step ends here.
+        """
+        if self._pending is None:
+            return
+        (begun, at_step), self._pending = self._pending, None
+        if reread:
+            at_step = self._read_at_step(begun.plan)
+        tensors = dict(at_step.tensors)
+        try:
+            manifest = self._manifest(begun, at_step, tensors)
+            layout, described = _plan.plan_extra(tensors, self.block_bytes)
+        except TypeError:
+            begun.ticket.abandon("its state could not be encoded")
+            self._forget(begun)
+            raise
+        owned = [
+            tensor if name in at_step.tensors else tensor.detach().clone()
+            for name, tensor in tensors.items()
+        ]
+        begun.ticket.seal(_codec.dumps(manifest | {"extra_tensors": described}), layout, owned)
+
+    def _manifest(
+        self, begun: _Begun, at_step: _AtStep, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        extra = {
+            name: at_step.data[name]
+            if name in at_step.data
+            else _codec.encode(value.state_dict(), f"extra.{name}", tensors)
+            for name, value in self.extra.items()
+        }
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        others: dict[str, Any] = {}
+        if begun.plan.has_extra_state:
+            _, others = _plan.model_tensors(self.model)
+        return {
+                "format": "pccheck",
+                "version": MANIFEST_VERSION,
+                "checkpoint_id": begun.ticket.name,
+                "training_step": begun.ticket.step,
+                "run_id": self.run_id.hex(),
+                "save_id": begun.ticket.save_id.hex(),
+                "timestamp": time.time(),
+                "versions": {"torch": str(torch.__version__)},
+                "config": self.config,
+                "progress": at_step.progress,
+                "optimizer": {
+                    "type": type(self.optimizer.base_optimizer).__qualname__,
+                    "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
+                    "parameters": begun.plan.static_manifest["parameters"],
+                    "state": at_step.optimizer_state,
+                },
+                "model": _codec.encode(others, "model", tensors),
+                "rng": at_step.rng,
+                "extra": extra,
+                "aliases": begun.plan.static_manifest["aliases"],
+                "layers": begun.plan.static_manifest["layers"],
+            }
+
+    def save_whole(self, name: str, chunk_count: int) -> _C.Ticket | None:
+        """Save everything as it is now under `name`, sealed at once."""
+        self.raise_failures()
+        self.seal()
+        self._settle_order()
+        begun = self._begin_planned_now(name, whole=chunk_count > 1, chunk_count=chunk_count)
+        if begun is None:
+            return None
+        self._hand_over_rest(begun)
+        self._pending = (begun, self._read_at_step(begun.plan))
+        self.seal()
+        return begun.ticket
+
+    # -- the gate for others, and failures ---------------------------------------------------------
+
+    def gate_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step pre-hook of every optimizer there is: opens the gates if it owns anything."""
+        if optimizer is self.optimizer or self.optimizer.stepping:
+            return
+        if self._pending is None and not self._gated:
+            return
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        owned.update(id(p) for p in self.model.parameters())
+        if any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
+            self.seal()
+            self.before_update(None)
+
+    def open_gates(self) -> None:
+        self.before_update(None)
+
+    def restart_from(self, step: int) -> None:
+        """Another state was loaded: its step counts, and it may have other tensors."""
+        self.step = step
+        self._first_save = True
+        self._plan = self._whole_plan = None
+
+    def raise_failures(self) -> None:
+        """Tell of checkpoints that failed since the last call, each once."""
+        failed = []
+        still = []
+        for ticket in self._in_flight:
+            error = ticket.error()
+            if error is not None:
+                failed.append((ticket, *error))
+            elif ticket.in_flight():
+                still.append(ticket)
+        self._in_flight = still
+        for ticket, _, _ in failed:
+            self._gated = [begun for begun in self._gated if begun.ticket is not ticket]
+            if self._pending is not None and self._pending[0].ticket is ticket:
+                self._pending = None
+        complaint = self.session.take_complaint() if self.session.is_open else None
+        if complaint is not None:
+            warnings.warn(f"clearing up after checkpoints: {complaint}", RuntimeWarning, 2)
+        if failed:
+            text = "; ".join(f"checkpoint {t.name} failed: {message}" for t, message, _ in failed)
+            errno = next((code for _, _, code in failed if code), 0)
+            cause = OSError(errno, os.strerror(errno)) if errno else None
+            self._report(text, cause)
+
+    def _report(self, text: str, cause: BaseException | None) -> None:
+        text = f"{text} ({self.session.path}; earlier checkpoints are untouched)"
+        if self.on_error == "warn":
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            return
+        raise CheckpointError(text) from cause
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for what is in flight. False when the time has passed first."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for ticket in list(self._in_flight):
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not ticket.wait(left):
+                return False
+        return True
+
+    def close(self) -> None:
+        """Let go of the model: no gate is needed any more once nothing is in flight."""
+        self._abandon_begun("the trainer was shut down")
+        self._gated.clear()
+        if self._order is not None:
+            self._order.close()
+            self._order = None
+

@@ -1,0 +1,24 @@
+// What differs between a build for CPUs only and one with CUDA. Exactly one of backend_cpu.cpp and
+// backend_cuda.cpp is compiled in.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <memory>
+
+#include "cpp/copier.h"
+#include "cpp/staging_pool.h"
+
+namespace pccheck::python {
+
+bool built_with_cuda();
+
+// For tensors of one device; tensors in host memory are copied too. Throws c10::Error where this
+// build has no support for the device.
+std::unique_ptr<Copier> make_copier(c10::Device device);
+std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, size_t bytes);
+
+// What the device's current stream has been asked to do up to now; null for CPUs. Caller's thread.
+std::unique_ptr<ReadyMark> mark_ready(c10::Device device);
+
+}  // namespace pccheck::python

@@ -1,0 +1,202 @@
+#include "python/session.h"
+
+#include <c10/util/Exception.h>
+#include <pybind11/pybind11.h>
+#include <unistd.h>
+
+#include <system_error>
+
+#include "python/backend.h"
+#include "python/interruptible.h"
+
+namespace pccheck::python {
+Ticket::Ticket(Session& session, std::shared_ptr<Checkpoint> checkpoint,
+               std::shared_ptr<const Layout> layout)
+    : session_(session),
+      checkpoint_(std::move(checkpoint)),
+      layout_(std::move(layout)),
+      held_(layout_->layers().size()) {}
+
+HandOver Ticket::hold(size_t layer, const std::vector<at::Tensor>& tensors, const Layout& layout,
+                      size_t layer_in_layout) {
+  const std::vector<TensorRef>& planned = layout.layers()[layer_in_layout].tensors;
+  if (planned.size() != tensors.size())
+    throw std::invalid_argument("layer " + std::to_string(layer) + " of checkpoint " + name() +
+                                " has " + std::to_string(planned.size()) + " tensors, not " +
+                                std::to_string(tensors.size()));
+  Held held{{}, std::make_unique<VersionWatch>(session_.options().verify_staged)};
+  HandOver hand_over;
+  bool on_device = false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorSpec& spec = layout.tensor(planned[i]).spec;
+    if (safetensors_dtype(tensors[i], spec.name) != spec.dtype)
+      throw std::invalid_argument("tensor '" + spec.name + "' was planned as " + spec.dtype);
+    held.views.emplace_back(tensors[i], spec.name);
+    hand_over.sources.push_back(held.views.back().source());
+    if (held.views.back().is_own_memory()) held.watch->add(tensors[i], spec.name);
+    on_device = on_device || !tensors[i].is_cpu();
+  }
+  if (on_device) hand_over.ready = mark_ready(session_.options().device);
+  hand_over.watch = held.watch.get();
+  held_.at(layer) = std::move(held);
+  return hand_over;
+}
+
+void Ticket::hand_over(size_t layer, const std::vector<at::Tensor>& tensors) {
+  session_.engine();  // refuses in a forked child
+  if (layer >= layout_->layers().size())
+    throw std::invalid_argument("there is no layer " + std::to_string(layer));
+  if (held_[layer])
+    throw std::invalid_argument("layer " + std::to_string(layer) + " was handed over already");
+  HandOver hand_over = hold(layer, tensors, *layout_, layer);
+  try {
+    checkpoint_->hand_over(layer, std::move(hand_over));
+  } catch (...) {
+    held_[layer].reset();
+    throw;
+  }
+}
+
+void Ticket::seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
+                  const std::vector<at::Tensor>& tensors) {
+  session_.engine();
+  const auto bytes = std::as_bytes(std::span(manifest));
+  std::optional<Checkpoint::Addition> added;
+  if (addition) {
+    held_.emplace_back();
+    addition_ = addition;
+    HandOver hand_over = hold(held_.size() - 1, tensors, *addition, 0);
+    added = Checkpoint::Addition{std::move(addition), std::move(hand_over)};
+  }
+  checkpoint_->seal({bytes.begin(), bytes.end()}, std::move(added));
+}
+
+void Ticket::abandon(const std::string& reason) {
+  session_.engine();
+  checkpoint_->fail(std::make_exception_ptr(std::runtime_error(reason)));
+}
+
+void Ticket::open_gate(size_t layer) {
+  if (layer >= held_.size() || !held_[layer]) return;
+  session_.engine();
+  wait_interruptibly(
+      [&](Clock::time_point until) { return checkpoint_->wait_staged(layer, until); });
+  checkpoint_->open_gate(layer);
+  held_[layer].reset();
+}
+
+void Ticket::open_all_gates() {
+  for (size_t layer = 0; layer < held_.size(); ++layer) open_gate(layer);
+}
+
+bool Ticket::staged() const { return checkpoint_->wait_all_staged(Clock::now()); }
+
+std::optional<std::pair<std::string, int>> Ticket::error() const {
+  const std::exception_ptr error = checkpoint_->error();
+  if (!error) return std::nullopt;
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::system_error& failed) {
+    return std::pair(std::string(failed.what()), failed.code().value());
+  } catch (const std::exception& failed) {
+    return std::pair(std::string(failed.what()), 0);
+  }
+}
+
+bool Ticket::wait(std::optional<double> timeout_s) const {
+  if (!in_flight()) return true;
+  session_.engine();
+  return wait_interruptibly(
+      [&](Clock::time_point until) { return checkpoint_->wait_finished(until); }, timeout_s);
+}
+
+bool Ticket::may_be_dropped() const {
+  if (!in_flight()) return true;
+  for (const std::optional<Held>& held : held_)
+    if (held) return false;
+  // Not everything was handed over yet, or nothing is held any more.
+  return !checkpoint_->awaits_seal();
+}
+
+Session::Session(const std::string& path, SessionOptions options,
+                 const std::function<void()>& interrupted)
+    : path_(path), options_(options), owner_(::getpid()) {
+  // Everything that can be refused is refused before the directory is touched.
+  std::unique_ptr<Copier> copier;
+  if (options_.manual_copier) {
+    auto manual = std::make_unique<ManualCopier>();
+    manual_copier_ = manual.get();
+    copier = std::move(manual);
+  } else {
+    copier = make_copier(options_.device);
+  }
+  auto engine = std::make_unique<Engine>(
+      EngineOptions{options_.block_bytes, options_.writer_threads, options_.max_in_flight},
+      std::move(copier), make_slot_memory(options_.device, options_.staging_bytes));
+  run_ = open_run_directory(path, {options_.keep_last, options_.max_in_flight},
+                            std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
+  engine_ = std::move(engine);
+}
+
+Session::~Session() {
+  if (!engine_) return;
+  if (::getpid() != owner_) {
+    // The threads are the parent's, and so is whatever their locks protect: leave all of it alone.
+    (void)engine_.release();
+    (void)std::make_unique<decltype(tickets_)>(std::move(tickets_)).release();
+    return;
+  }
+  if (manual_copier_ != nullptr) manual_copier_->release_all();
+  const pybind11::gil_scoped_release release;
+  engine_.reset();
+}
+
+Engine& Session::engine() {
+  TORCH_CHECK(engine_, "this session is closed");
+  TORCH_CHECK(::getpid() == owner_, "checkpoints are saved by process ", owner_,
+              ", which this one was forked from; a forked child cannot save through it");
+  return *engine_;
+}
+
+ManualCopier& Session::manual_copier() {
+  TORCH_CHECK(manual_copier_ != nullptr, "this session has no manual copier");
+  return *manual_copier_;
+}
+
+std::shared_ptr<Ticket> Session::begin(const std::string& name, Identity identity,
+                                       std::shared_ptr<const Layout> layout) {
+  Engine& engine = this->engine();
+  wait_interruptibly([&](Clock::time_point until) { return engine.wait_room(until); });
+  reap();
+  std::shared_ptr<Checkpoint> checkpoint =
+      engine.begin(identity, name, layout, make_directory_target(run_, name));
+  tickets_.push_back(std::make_shared<Ticket>(*this, std::move(checkpoint), std::move(layout)));
+  return tickets_.back();
+}
+
+std::vector<std::string> Session::set_aside_after(uint64_t step) {
+  engine();
+  return run_->set_aside_after(step);
+}
+
+void Session::reap() {
+  std::erase_if(tickets_, [](const auto& ticket) { return ticket->may_be_dropped(); });
+}
+
+bool Session::close(std::optional<double> timeout_s) {
+  if (!engine_) return true;
+  Engine& engine = this->engine();
+  if (!wait_interruptibly([&](Clock::time_point until) { return engine.wait_idle(until); },
+                          timeout_s))
+    return false;
+  {
+    const pybind11::gil_scoped_release release;
+    engine_.reset();
+  }
+  tickets_.clear();
+  run_->remove_spares();
+  run_.reset();
+  return true;
+}
+
+}  // namespace pccheck::python

@@ -1,0 +1,119 @@
+// What a trainer holds: a run's directory, the engine that writes to it, and the tensors that are
+// being read. All of it belongs to the thread that trains; the engine's own threads never come
+// here.
+//
+// Tensors are held from hand-over until their layer's gate has opened or their checkpoint has
+// ended, and are dropped on the calling thread. A forked child may do nothing with a session but
+// drop it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <sys/types.h>
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpp/engine.h"
+#include "cpp/manual_copier.h"
+#include "cpp/run_directory.h"
+#include "python/tensor_view.h"
+
+namespace pccheck::python {
+
+struct SessionOptions {
+  size_t block_bytes;
+  size_t staging_bytes;
+  unsigned writer_threads;
+  size_t max_in_flight;
+  size_t keep_last;
+  double lock_timeout_s;
+  c10::Device device;
+  bool manual_copier;
+  bool verify_staged;
+};
+
+class Session;
+
+class Ticket {
+ public:
+  Ticket(Session& session, std::shared_ptr<Checkpoint> checkpoint,
+         std::shared_ptr<const Layout> layout);
+
+  const std::string& name() const { return checkpoint_->name(); }
+  uint64_t step() const { return checkpoint_->identity().step; }
+  const Identity& identity() const { return checkpoint_->identity(); }
+
+  void hand_over(size_t layer, const std::vector<at::Tensor>& tensors);
+  void seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
+            const std::vector<at::Tensor>& tensors);
+  void abandon(const std::string& reason);
+
+  // Waits until the layer is staged, then opens its gate. Never throws for the checkpoint's
+  // failure.
+  void open_gate(size_t layer);
+  void open_all_gates();
+
+  bool staged() const;
+  bool in_flight() const { return checkpoint_->state() == Checkpoint::State::in_flight; }
+  bool committed() const { return checkpoint_->state() == Checkpoint::State::committed; }
+  // What failed it: message and errno (0 if it was no system call).
+  std::optional<std::pair<std::string, int>> error() const;
+  // False when the time has passed first.
+  bool wait(std::optional<double> timeout_s) const;
+
+  bool may_be_dropped() const;
+
+ private:
+  struct Held {
+    std::vector<TensorView> views;
+    std::unique_ptr<VersionWatch> watch;
+  };
+
+  HandOver hold(size_t layer, const std::vector<at::Tensor>& tensors, const Layout& layout,
+                size_t layer_in_layout);
+
+  Session& session_;
+  const std::shared_ptr<Checkpoint> checkpoint_;
+  const std::shared_ptr<const Layout> layout_;
+  std::vector<std::optional<Held>> held_;  // by layer; the addition's last
+  std::shared_ptr<const Layout> addition_;
+};
+
+class Session {
+ public:
+  // `interrupted` may throw to end the waiting for the directory's lock.
+  Session(const std::string& path, SessionOptions options,
+          const std::function<void()>& interrupted);
+  ~Session();
+
+  std::shared_ptr<Ticket> begin(const std::string& name, Identity identity,
+                                std::shared_ptr<const Layout> layout);
+  std::vector<std::string> set_aside_after(uint64_t step);
+
+  // Finishes what was sealed, leaves nothing behind. False when `timeout_s` has passed first; then
+  // the session is still open.
+  bool close(std::optional<double> timeout_s);
+  bool is_open() const { return engine_ != nullptr; }
+
+  Engine& engine();  // throws when closed, or in a forked child
+  const SessionOptions& options() const { return options_; }
+  const std::string& path() const { return path_; }
+  ManualCopier& manual_copier();
+
+  // Drops what no copy needs any more.
+  void reap();
+
+ private:
+  const std::string path_;
+  const SessionOptions options_;
+  const pid_t owner_;
+  std::shared_ptr<RunDirectory> run_;
+  ManualCopier* manual_copier_ = nullptr;  // inside engine_, in tests
+  std::unique_ptr<Engine> engine_;
+  std::deque<std::shared_ptr<Ticket>> tickets_;
+};
+
+}  // namespace pccheck::python
