@@ -18,8 +18,12 @@ Checkpoint::Checkpoint(Identity identity, std::string name, std::shared_ptr<cons
 void Checkpoint::add_files(const Layout& layout) {
   for (uint32_t i = 0; i < layout.files().size(); ++i) {
     const uint64_t blocks = layout.block_count(i);
-    files_.push_back(std::make_unique<FileState>(
-        FileState{&layout, i, blocks, std::vector<uint32_t>(blocks), nullptr}));
+    files_.push_back(
+        std::make_unique<FileState>(FileState{.layout = &layout,
+                                              .index_in_layout = i,
+                                              .blocks_left = blocks,
+                                              .synced = blocks == 0,
+                                              .block_sums = std::vector<uint32_t>(blocks)}));
   }
 }
 
@@ -217,10 +221,16 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
     layout = files_[index]->layout;
     in_layout = files_[index]->index_in_layout;
   }
-  file(index).pwrite(bytes, layout->block_offset(in_layout, block));
+  File& opened = file(index);
+  opened.pwrite(bytes, layout->block_offset(in_layout, block));
+  {
+    const std::lock_guard lock(mutex_);
+    files_[index]->block_sums[block] = crc;
+    if (--files_[index]->blocks_left > 0) return;
+  }
+  opened.sync_data();
   const std::lock_guard lock(mutex_);
-  files_[index]->block_sums[block] = crc;
-  --files_[index]->blocks_left;
+  files_[index]->synced = true;
 }
 
 bool Checkpoint::ready_to_publish() const {
@@ -228,7 +238,7 @@ bool Checkpoint::ready_to_publish() const {
   if (error_ || state_ != State::in_flight || !sealed_ || layers_staged_ != layer_count())
     return false;
   for (const auto& file : files_)
-    if (file->blocks_left != 0) return false;
+    if (!file->synced) return false;
   return true;
 }
 
@@ -240,7 +250,7 @@ bool Checkpoint::ready_to_discard() const {
 void Checkpoint::publish() {
   std::vector<PersistedFile> files;
   for (uint32_t i = 0; i < files_.size(); ++i) {
-    File& opened = file(i);  // opens a file without blocks too
+    File& opened = file(i);  // opens one that has no block too
     FileState& state = *files_[i];
     files.push_back({state.layout, &state.layout->files()[state.index_in_layout], &opened,
                      std::move(state.block_sums)});

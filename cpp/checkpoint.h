@@ -49,7 +49,7 @@ struct HandOver {
   const SourceWatch* watch = nullptr;  // may be null; valid until the gate has opened or the end
 };
 
-// The payload of a checkpoint as the committer sees it.
+// The payload of a checkpoint as the committer sees it: written and synced.
 struct PersistedFile {
   const Layout* layout;
   const PayloadFile* plan;
@@ -143,6 +143,7 @@ class Checkpoint {
 
   void block_opened();  // counts I/O that may still come
   void block_gone();
+  // Whoever writes a file's last block syncs it too, while other files are still being written.
   void write_block(uint32_t file, uint64_t block, std::span<const std::byte> bytes, uint32_t crc);
 
   // -- the committer -----------------------------------------------------------------------------
@@ -159,8 +160,9 @@ class Checkpoint {
     const Layout* layout;
     uint32_t index_in_layout;
     uint64_t blocks_left;
+    bool synced = false;
     std::vector<uint32_t> block_sums;
-    std::unique_ptr<File> file;  // guarded by open_mutex_
+    std::unique_ptr<File> file = nullptr;  // guarded by open_mutex_
   };
 
   void add_files(const Layout& layout);

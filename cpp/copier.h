@@ -40,9 +40,6 @@ class Copier {
 
   // Whether every submission up to this one has ended; never waits. Throws when a copy failed.
   virtual bool done(uint64_t submission) = 0;
-
-  // Returns once done(submission) would not be false.
-  virtual void wait(uint64_t submission) = 0;
 };
 
 }  // namespace pccheck

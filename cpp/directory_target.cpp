@@ -36,10 +36,9 @@ class DirectoryTarget final : public Target {
     if (files.empty()) checksums.block_bytes = kDirectAlignment;
     remove_strangers(files);
 
-    // The small files are written before the first sync, so that one journal commit serves all.
+    // Both are written before the first is synced, so that one journal commit serves both.
     const std::unique_ptr<File> manifest_file = write_small(kManifestName, manifest);
     const std::unique_ptr<File> sums_file = write_small(kChecksumsName, encode(checksums));
-    for (PersistedFile& file : files) file.file->sync_data();
     manifest_file->sync_data();
     sums_file->sync_data();
     directory_->sync();

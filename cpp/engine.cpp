@@ -21,8 +21,8 @@ EngineOptions checked(EngineOptions options) {
 Engine::Engine(EngineOptions options, std::unique_ptr<Copier> copier,
                std::unique_ptr<SlotMemory> memory)
     : options_(checked(options)),
-      copier_(std::move(copier)),
       pool_(std::move(memory), options_.block_bytes, [this] { stager_bell_.ring(); }),
+      copier_(std::move(copier)),
       stager_(pool_, *copier_, full_),
       writers_(full_) {
   threads_.push_back(std::make_unique<WorkerThread>(stager_, stager_bell_, "pccheck-stage"));

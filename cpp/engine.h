@@ -64,13 +64,13 @@ class Engine {
   void something_changed();
 
   const EngineOptions options_;
-  const std::unique_ptr<Copier> copier_;
 
   Doorbell stager_bell_, writer_bell_, committer_bell_;
   mutable std::mutex mutex_;  // guards nothing but the waiting on progress_
   mutable std::condition_variable progress_;
 
   StagingPool pool_;
+  const std::unique_ptr<Copier> copier_;  // ends before the slots it may still be copying into
   BlockQueue full_{writer_bell_};
   Stager stager_;
   WriterPool writers_;

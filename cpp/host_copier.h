@@ -11,7 +11,6 @@ class HostCopier final : public Copier {
   bool sums_while_copying() const override { return true; }
   uint64_t submit(std::span<const Piece> pieces, ReadyMark* ready) override;
   bool done(uint64_t) override { return true; }
-  void wait(uint64_t) override {}
 
  private:
   uint64_t submissions_ = 0;

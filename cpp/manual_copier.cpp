@@ -17,19 +17,11 @@ bool ManualCopier::done(uint64_t submission) {
   return copied_ >= submission;
 }
 
-void ManualCopier::wait(uint64_t submission) {
-  std::unique_lock lock(mutex_);
-  released_.wait(lock, [&] { return copied_ >= submission; });
-}
-
 void ManualCopier::release(uint64_t count) {
-  {
-    const std::lock_guard lock(mutex_);
-    const uint64_t room = std::numeric_limits<uint64_t>::max() - allowed_;
-    allowed_ += count < room ? count : room;
-    copy_released();
-  }
-  released_.notify_all();
+  const std::lock_guard lock(mutex_);
+  const uint64_t room = std::numeric_limits<uint64_t>::max() - allowed_;
+  allowed_ += count < room ? count : room;
+  copy_released();
 }
 
 void ManualCopier::release_all() { release(std::numeric_limits<uint64_t>::max()); }

@@ -3,7 +3,6 @@
 // source changed too early is really torn.
 #pragma once
 
-#include <condition_variable>
 #include <mutex>
 #include <vector>
 
@@ -16,7 +15,6 @@ class ManualCopier final : public Copier {
   bool sums_while_copying() const override { return false; }
   uint64_t submit(std::span<const Piece> pieces, ReadyMark* ready) override;
   bool done(uint64_t submission) override;
-  void wait(uint64_t submission) override;
 
   // Any thread. Ends the next `count` submissions, made already or still to come.
   void release(uint64_t count);
@@ -28,7 +26,6 @@ class ManualCopier final : public Copier {
   void copy_released();  // with mutex_ held
 
   mutable std::mutex mutex_;  // guards everything below
-  std::condition_variable released_;
   std::vector<std::vector<Piece>> submissions_;
   uint64_t copied_ = 0;
   uint64_t allowed_ = 0;

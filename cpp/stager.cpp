@@ -44,16 +44,6 @@ bool Stager::run_one() noexcept {
   return true;
 }
 
-bool Stager::wait_outside() noexcept {
-  if (under_way_.empty()) return false;
-  try {
-    copier_.wait(under_way_.front().number);
-  } catch (...) {
-    under_way_.front().checkpoint->fail(std::current_exception());
-  }
-  return true;
-}
-
 bool Stager::reap() {
   if (under_way_.empty()) return false;
   bool done = true;

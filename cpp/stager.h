@@ -22,7 +22,7 @@ class Stager final : public Worker {
   void add(std::shared_ptr<Checkpoint> checkpoint);
 
   bool run_one() noexcept override;
-  bool wait_outside() noexcept override;
+  bool awaits_outside() const noexcept override { return !under_way_.empty(); }
 
  private:
   // A copy under way: what it fills, and whether a layer ends with it.

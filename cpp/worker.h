@@ -2,6 +2,7 @@
 // threads of its own; the simulation calls them in a seeded order on one thread.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -19,9 +20,9 @@ class Worker {
   // checkpoint they belong to; nothing is thrown.
   virtual bool run_one() noexcept = 0;
 
-  // Called by a thread when run_one() returned false, instead of waiting for the bell, as long as
-  // it returns true: waits for something outside, such as a device's copy.
-  virtual bool wait_outside() noexcept { return false; }
+  // Whether, after run_one() returned false, something is under way outside (a device's copy) that
+  // will end without a ring: then the thread looks again every now and then.
+  virtual bool awaits_outside() const noexcept { return false; }
 };
 
 // Counts rings, so that one between looking and waiting is not lost.
@@ -43,6 +44,12 @@ class Doorbell {
   void wait_past(uint64_t seen) const {
     std::unique_lock lock(mutex_);
     rung_.wait(lock, [&] { return rings_ != seen; });
+  }
+
+  // At most this long.
+  void wait_past(uint64_t seen, std::chrono::microseconds at_most) const {
+    std::unique_lock lock(mutex_);
+    rung_.wait_for(lock, at_most, [&] { return rings_ != seen; });
   }
 
  private:

@@ -24,11 +24,7 @@ def step_of(checkpoint_id: str) -> int | None:
 
 
 def is_id(name: str) -> bool:
-    return (
-        _ID.fullmatch(name) is not None
-        and not name.endswith(PARTIAL)
-        and STALE not in name
-    )
+    return _ID.fullmatch(name) is not None and not name.endswith(PARTIAL) and STALE not in name
 
 
 def check_id(checkpoint_id: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from pccheck_ext import _C, _codec, _plan
 from pccheck_ext._names import check_id, is_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
+from pccheck_ext.layers import ROOT_LAYER, unwrap
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
@@ -211,7 +212,8 @@ def restore_model(
         problems.append("they have no tensor in common")
     if problems:
         raise CheckpointMismatch(
-            f"{stored.path} does not fit the model, which is unchanged: " + "; ".join(problems[:8])
+            f"{stored.path} does not fit the model, which is unchanged: "
+            + "; ".join(problems[:8])
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
     return Restored(pairs, _layers_of(model, missing))
@@ -220,7 +222,7 @@ def restore_model(
 def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
     layers: dict[str, None] = {}
     for name in tensor_names:
-        layers[name.rpartition(".")[0] or _plan.ROOT_LAYER] = None
+        layers[name.rpartition(".")[0] or ROOT_LAYER] = None
     return list(layers)
 
 
@@ -228,7 +230,7 @@ def restore_extra_state(stored: Stored, model: nn.Module, extra: dict[str, torch
     """Hand modules what they returned from ``get_extra_state``."""
     values = _codec.decode(stored.manifest["model"], extra, path="model")
     for key, value in values.items():
-        module = _plan.unwrap(model).get_submodule(key.rpartition(".")[0])
+        module = unwrap(model).get_submodule(key.rpartition(".")[0])
         module.set_extra_state(value)
 
 
@@ -236,7 +238,10 @@ class OptimizerRestore:
     """An optimizer's state, matched with a checkpoint by the parameters' names."""
 
     def __init__(
-        self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer,
+        self,
+        stored: Stored,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         extra: dict[str, torch.Tensor],
     ) -> None:
         self.optimizer = optimizer
@@ -268,9 +273,7 @@ class OptimizerRestore:
             decoded = _codec.decode(values, extra, path=f"optimizer.state.{name}")
             self.state.setdefault(by_name[name], {}).update(decoded)
 
-    def _destination(
-        self, parameter: torch.Tensor, key: str, entry: StoredTensor
-    ) -> torch.Tensor:
+    def _destination(self, parameter: torch.Tensor, key: str, entry: StoredTensor) -> torch.Tensor:
         device = torch.device("cpu") if entry.device == "cpu" else parameter.device
         there = self.optimizer.state.get(parameter, {}).get(key)
         if (
@@ -303,9 +306,7 @@ def _count(groups: list[list[str]]) -> str:
 class GradientRestore:
     """Gradients, where the checkpoint has them; parameters it has none for lose theirs."""
 
-    def __init__(
-        self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         in_file = stored.of_file(_plan.GRADIENTS_FILE)
         names, _ = _plan.parameter_names(model, optimizer)
         self.saved = bool(stored.manifest["config"].get("save_gradients"))

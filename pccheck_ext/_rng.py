@@ -61,6 +61,7 @@ def restore(
     Raises ValueError, which names the generator, for a state that it does not take. Those named
     before it have been set by then.
     """
+    wanted = None if devices is None else [_device(name) for name in devices]
     try:
         python, generators = state["python"], dict(state["torch"])
         cpu = generators.pop("cpu")
@@ -73,7 +74,6 @@ def restore(
     if "numpy" in state:
         with _naming("numpy.random"):
             _restore_numpy(state["numpy"])
-    wanted = None if devices is None else [_device(name) for name in devices]
     for name, saved in generators.items():
         with _naming(f"torch on {name}"):
             device = _device(name)

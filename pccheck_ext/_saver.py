@@ -330,28 +330,28 @@ class StepSaver:
         if begun.plan.has_extra_state:
             _, others = _plan.model_tensors(self.model)
         return {
-                "format": "pccheck",
-                "version": MANIFEST_VERSION,
-                "checkpoint_id": begun.ticket.name,
-                "training_step": begun.ticket.step,
-                "run_id": self.run_id.hex(),
-                "save_id": begun.ticket.save_id.hex(),
-                "timestamp": time.time(),
-                "versions": {"torch": str(torch.__version__)},
-                "config": self.config,
-                "progress": at_step.progress,
-                "optimizer": {
-                    "type": type(self.optimizer.base_optimizer).__qualname__,
-                    "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
-                    "parameters": begun.plan.static_manifest["parameters"],
-                    "state": at_step.optimizer_state,
-                },
-                "model": _codec.encode(others, "model", tensors),
-                "rng": at_step.rng,
-                "extra": extra,
-                "aliases": begun.plan.static_manifest["aliases"],
-                "layers": begun.plan.static_manifest["layers"],
-            }
+            "format": "pccheck",
+            "version": MANIFEST_VERSION,
+            "checkpoint_id": begun.ticket.name,
+            "training_step": begun.ticket.step,
+            "run_id": self.run_id.hex(),
+            "save_id": begun.ticket.save_id.hex(),
+            "timestamp": time.time(),
+            "versions": {"torch": str(torch.__version__)},
+            "config": self.config,
+            "progress": at_step.progress,
+            "optimizer": {
+                "type": type(self.optimizer.base_optimizer).__qualname__,
+                "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
+                "parameters": begun.plan.static_manifest["parameters"],
+                "state": at_step.optimizer_state,
+            },
+            "model": _codec.encode(others, "model", tensors),
+            "rng": at_step.rng,
+            "extra": extra,
+            "aliases": begun.plan.static_manifest["aliases"],
+            "layers": begun.plan.static_manifest["layers"],
+        }
 
     def save_whole(self, name: str, chunk_count: int) -> _C.Ticket | None:
         """Save everything as it is now under `name`, sealed at once."""
@@ -436,4 +436,3 @@ class StepSaver:
         if self._order is not None:
             self._order.close()
             self._order = None
-

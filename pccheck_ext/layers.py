@@ -5,7 +5,7 @@ Pure functions over modules and parameters; no device, clock or file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -59,13 +59,13 @@ class GradientOrder:
         self._ready: dict[str, int] = {}
         self._events = 0
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(layer))
+            parameter.register_post_accumulate_grad_hook(self._hook(layer))  # type: ignore[no-untyped-call]
             for layer, parameters in layers.items()
             for parameter in parameters
             if parameter.requires_grad and parameter.is_leaf
         ]
 
-    def _hook(self, layer: str):  # type: ignore[no-untyped-def]  # a closure torch calls
+    def _hook(self, layer: str) -> Callable[[torch.Tensor], None]:
         def gradient_ready(_: torch.Tensor) -> None:
             self._events += 1
             self._ready[layer] = self._events

@@ -23,7 +23,7 @@ class ModelRecovery:
         self.directory = _names.run_directory(metadata_dir)
 
     def list_checkpoints(self) -> list[str]:
-        """Ids of the checkpoints there are: steps in order, then custom ids. Nothing is verified."""
+        """Ids of the checkpoints there are, unverified: steps in order, then custom ids."""
         return _restore.checkpoint_ids(self.directory)
 
     def get_latest_checkpoint(self) -> str | None:
@@ -76,5 +76,3 @@ class ModelRecovery:
         if layer not in layers:
             raise KeyError(f"{stored.path} has no layer {layer!r}; it has: {', '.join(layers)}")
         stored.read(_restore.restore_model(stored, model, strict=False, layer=layer).pairs)
-
-

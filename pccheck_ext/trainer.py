@@ -467,7 +467,9 @@ class _SurvivingGradients:
         if trained:
             smallest = min(trained, key=torch.Tensor.numel)
             reference = weakref.ref(smallest)
-            self._hook = smallest.register_hook(lambda _: self._look(reference()))
+            self._hook = smallest.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._look(reference())
+            )
 
     def step_taken(self) -> None:
         self._armed = True
@@ -587,5 +589,3 @@ def _device_of(model: nn.Module) -> torch.device:
     if len(others) > 1:
         raise ValueError(f"the model's tensors are on several devices: {', '.join(others)}")
     return torch.device(others[0] if others else "cpu")
-
-

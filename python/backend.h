@@ -3,6 +3,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <pybind11/pybind11.h>
 
 #include <memory>
 
@@ -18,7 +19,11 @@ bool built_with_cuda();
 std::unique_ptr<Copier> make_copier(c10::Device device);
 std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, size_t bytes);
 
-// What the device's current stream has been asked to do up to now; null for CPUs. Caller's thread.
-std::unique_ptr<ReadyMark> mark_ready(c10::Device device);
+// What the device's current stream has been asked to do up to now, for a copier of that device;
+// null for CPUs. Caller's thread.
+std::unique_ptr<ReadyMark> mark_ready(Copier& copier, c10::Device device);
+
+// The device part's pieces by themselves, for tests.
+void bind_device_probes(pybind11::module_& module);
 
 }  // namespace pccheck::python

@@ -220,6 +220,7 @@ PYBIND11_MODULE(_C, module) {
   py::register_exception_translator(&translate);
   bind_save(module);
   bind_load(module);
+  bind_device_probes(module);
   module.def("built_with_cuda", &built_with_cuda);
   module.def(
       "dtype_name",

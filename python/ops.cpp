@@ -139,7 +139,7 @@ int64_t save_chunks(const std::vector<at::Tensor>& tensors, const std::vector<st
     views.emplace_back(tensors[i], names[i]);
     hand_over.sources.push_back(views.back().source());
   }
-  if (!device.is_cpu()) hand_over.ready = mark_ready(device);
+  if (!device.is_cpu()) hand_over.ready = mark_ready(engine.copier(), device);
   save->hand_over(0, std::move(hand_over));
   save->seal({}, std::nullopt);
   // Nothing gates these tensors, so they are read before the caller can change them.

@@ -36,7 +36,8 @@ HandOver Ticket::hold(size_t layer, const std::vector<at::Tensor>& tensors, cons
     if (held.views.back().is_own_memory()) held.watch->add(tensors[i], spec.name);
     on_device = on_device || !tensors[i].is_cpu();
   }
-  if (on_device) hand_over.ready = mark_ready(session_.options().device);
+  if (on_device)
+    hand_over.ready = mark_ready(session_.engine().copier(), session_.options().device);
   hand_over.watch = held.watch.get();
   held_.at(layer) = std::move(held);
   return hand_over;
