@@ -29,6 +29,21 @@ void Checkpoint::add_files(const Layout& layout) {
 
 size_t Checkpoint::layer_count() const { return handed_over_.size(); }
 
+void Checkpoint::require_fit(const std::string& what, const LayerPlan& plan,
+                             const HandOver& hand_over) const {
+  const std::vector<uint64_t>& expected = plan.source_bytes;
+  if (hand_over.sources.size() != expected.size())
+    throw std::invalid_argument(what + " of checkpoint " + name_ + " has " +
+                                std::to_string(expected.size()) + " tensors, not " +
+                                std::to_string(hand_over.sources.size()));
+  for (size_t i = 0; i < expected.size(); ++i)
+    if (hand_over.sources[i].bytes != expected[i])
+      throw std::invalid_argument("tensor " + std::to_string(i) + " of " + what +
+                                  " of checkpoint " + name_ + " has " +
+                                  std::to_string(hand_over.sources[i].bytes) + " bytes, not " +
+                                  std::to_string(expected[i]));
+}
+
 void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
   {
     const std::lock_guard lock(mutex_);
@@ -38,17 +53,7 @@ void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
     if (handed_over_[layer])
       throw std::invalid_argument("layer " + std::to_string(layer) + " of checkpoint " + name_ +
                                   " was handed over already");
-    const std::vector<uint64_t>& expected = layout_->layers()[layer].source_bytes;
-    if (hand_over.sources.size() != expected.size())
-      throw std::invalid_argument("layer " + std::to_string(layer) + " of checkpoint " + name_ +
-                                  " has " + std::to_string(expected.size()) + " tensors, not " +
-                                  std::to_string(hand_over.sources.size()));
-    for (size_t i = 0; i < expected.size(); ++i)
-      if (hand_over.sources[i].bytes != expected[i])
-        throw std::invalid_argument("tensor " + std::to_string(i) + " of layer " +
-                                    std::to_string(layer) + " of checkpoint " + name_ + " has " +
-                                    std::to_string(hand_over.sources[i].bytes) + " bytes, not " +
-                                    std::to_string(expected[i]));
+    require_fit("layer " + std::to_string(layer), layout_->layers()[layer], hand_over);
     if (error_) return;
     handed_over_[layer] = std::move(hand_over);
   }
@@ -64,13 +69,21 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
         if (!handed_over_[layer])
           throw std::logic_error("checkpoint " + name_ + " cannot be sealed: layer " +
                                  std::to_string(layer) + " was never handed over");
+    if (addition) {
+      if (addition->layout->layers().size() != 1 ||
+          addition->layout->block_bytes() != layout_->block_bytes())
+        throw std::invalid_argument("what is added to checkpoint " + name_ +
+                                    " must be one layer in blocks of the same size");
+      require_fit("the addition", addition->layout->layers()[0], addition->hand_over);
+    }
+    sealed_ = true;
+    if (error_) return;  // nobody waits for it; the engine may have ended with the checkpoint
     manifest_ = std::move(manifest);
-    if (addition && !error_) {
+    if (addition) {
       addition_ = std::move(addition->layout);
       add_files(*addition_);
       handed_over_.push_back(std::move(addition->hand_over));
     }
-    sealed_ = true;
   }
   changed_();
 }
@@ -78,7 +91,7 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
 void Checkpoint::fail(std::exception_ptr error) {
   {
     const std::lock_guard lock(mutex_);
-    if (error_ || state_ != State::in_flight) return;
+    if (error_ || publishing_ || state_ != State::in_flight) return;
     error_ = std::move(error);
   }
   progress_.notify_all();
@@ -119,13 +132,15 @@ void Checkpoint::open_gate(size_t layer) {
   if (!moved.empty()) fail(std::make_exception_ptr(std::runtime_error(moved)));
 }
 
-void Checkpoint::require_unchanged() {
+void Checkpoint::begin_publishing() {
   const std::lock_guard lock(mutex_);
+  if (error_) std::rethrow_exception(error_);
   for (const std::optional<HandOver>& layer : handed_over_) {
     if (!layer || layer->watch == nullptr) continue;
     if (const std::string moved = layer->watch->changed(); !moved.empty())
       throw std::runtime_error(moved);
   }
+  publishing_ = true;
 }
 
 bool Checkpoint::wait_finished(Clock::time_point until) const {
@@ -244,7 +259,9 @@ bool Checkpoint::ready_to_publish() const {
 
 bool Checkpoint::ready_to_discard() const {
   const std::lock_guard lock(mutex_);
-  return error_ && state_ == State::in_flight && staging_stopped_ && blocks_alive_ == 0;
+  // What failed after it was staged whole is none of the stager's business any more.
+  const bool staging_over = staging_stopped_ || (sealed_ && layers_staged_ == layer_count());
+  return error_ && state_ == State::in_flight && staging_over && blocks_alive_ == 0;
 }
 
 void Checkpoint::publish() {
@@ -255,23 +272,40 @@ void Checkpoint::publish() {
     files.push_back({state.layout, &state.layout->files()[state.index_in_layout], &opened,
                      std::move(state.block_sums)});
   }
-  require_unchanged();
-  target_->publish(identity_, files, manifest_);
+  begin_publishing();
+  try {
+    target_->publish(identity_, files, manifest_);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    publishing_ = false;
+    throw;
+  }
   const std::lock_guard lock(mutex_);
   published_ = Clock::now();
 }
 
 void Checkpoint::discard() {
   files_.clear();  // closes: a directory that is removed must not keep its blocks
-  target_->discard();
+  // Taken out, here and in retire(): a ticket that outlives the run must not hold its lock.
+  const std::unique_ptr<Target> target = std::move(target_);
+  target->discard();
 }
 
-void Checkpoint::finish(State state) {
+void Checkpoint::retire() {
+  const std::unique_ptr<Target> target = std::move(target_);
+  target->retire();
+}
+
+void Checkpoint::end(State state) {
+  const std::lock_guard lock(mutex_);
+  state_ = state;
+}
+
+void Checkpoint::announce_end() {
   // A finished ticket may live long; what it holds of the save need not. Closed outside the lock.
   std::vector<std::unique_ptr<FileState>> files;
   {
     const std::lock_guard lock(mutex_);
-    state_ = state;
     files.swap(files_);
     manifest_ = {};
   }

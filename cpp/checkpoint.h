@@ -103,12 +103,14 @@ class Checkpoint {
     HandOver hand_over;
   };
 
-  // Nothing more will come. Throws std::logic_error when a layer was never handed over.
+  // Nothing more will come. Throws std::logic_error when a layer was never handed over,
+  // std::invalid_argument when the addition does not fit its plan or this checkpoint.
   void seal(std::vector<std::byte> manifest, std::optional<Addition> addition);
 
   bool awaits_seal() const;  // neither sealed nor failed
 
-  // Any thread. The first error counts; a checkpoint that has ended stays as it is.
+  // Any thread. The first error counts; a checkpoint that has ended stays as it is, and so does one
+  // that is being published: only the publication itself can fail it then.
   void fail(std::exception_ptr error);
 
   // The gate: `layer` is staged, or the checkpoint failed. False when the time has passed first.
@@ -152,8 +154,9 @@ class Checkpoint {
   bool ready_to_discard() const;
   void publish();  // everything but the acknowledgement
   void discard();
-  void finish(State state);  // the acknowledgement: whoever waits goes on
-  void retire() { target_->retire(); }
+  void end(State state);  // the acknowledgement; takes only this object's lock
+  void announce_end();    // whoever waits goes on
+  void retire();
 
  private:
   struct FileState {
@@ -168,12 +171,13 @@ class Checkpoint {
   void add_files(const Layout& layout);
   size_t layer_count() const;
   File& file(uint32_t index);
-  void require_unchanged();
+  void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
+  void begin_publishing();
 
   const Identity identity_;
   const std::string name_;
   const std::shared_ptr<const Layout> layout_;
-  const std::unique_ptr<Target> target_;
+  std::unique_ptr<Target> target_;  // null after retire() or discard()
   const std::function<void()> changed_;
   const Clock::time_point begun_ = Clock::now();
 
@@ -190,6 +194,7 @@ class Checkpoint {
   size_t blocks_alive_ = 0;
   bool sealed_ = false;
   bool staging_stopped_ = false;
+  bool publishing_ = false;  // and nothing was changed or had failed when that began
   std::exception_ptr error_;
   State state_ = State::in_flight;
   Clock::time_point published_{};

@@ -61,10 +61,7 @@ void Committer::publish(Checkpoint& checkpoint) {
   } catch (...) {
     checkpoint.fail(std::current_exception());
   }
-  if (checkpoint.error()) {
-    checkpoint.stop_staging();  // it was staged whole; discarded at the next call
-    return;
-  }
+  if (checkpoint.error()) return;  // discarded at the next call
   // Acknowledged, and out of the way of the next, before the clearing up that nobody waits for.
   end(checkpoint, Checkpoint::State::committed);
   housekeeping([&] { checkpoint.retire(); });
@@ -83,8 +80,11 @@ void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
       counts_.durable_seconds += counts_.last_durable_seconds;
       counts_.last_committed_step = checkpoint.identity().step;
     }
+    // Under the lock: who finds it ended finds it counted and out of the way, who finds nothing in
+    // flight finds it ended.
+    checkpoint.end(state);
   }
-  checkpoint.finish(state);  // last: who waited for it finds it counted
+  checkpoint.announce_end();
 }
 
 template <typename Work>

@@ -46,6 +46,7 @@ class DirectoryTarget final : public Target {
   }
 
   void discard() override {
+    if (!directory_) return;  // never begun: what bears its name is not its own
     directory_.reset();
     run_->discard(name_);
   }

@@ -88,7 +88,7 @@ class Directory {
 // The real file system. `create` makes the directory, and its parents, if need be.
 std::unique_ptr<Directory> open_posix_directory(const std::string& path, bool create);
 
-// Reads a whole file; throws std::runtime_error naming it when it is larger than `limit_bytes`.
+// Reads a whole file; throws std::length_error naming it when it is larger than `limit_bytes`.
 std::vector<std::byte> read_whole(Directory& directory, const std::string& name,
                                   uint64_t limit_bytes);
 

@@ -68,6 +68,8 @@ std::shared_ptr<const Layout> Layout::make(std::vector<FileSpec> files, LayoutOp
   if (options.chunk_count == 0) throw std::invalid_argument("chunk count must be at least 1");
   if (options.chunk_count > 1 && options.layer_count > 1)
     throw std::invalid_argument("chunks divide a save of the whole state, not one by layers");
+  if (options.layer_count == 0 && !files.empty())  // no layer would ever bring their headers
+    throw std::invalid_argument("a layout of files must have at least 1 layer");
   std::shared_ptr<Layout> layout(new Layout(options));
   for (FileSpec& file : files) layout->add_file(std::move(file));
   layout->plan_layers();

@@ -197,9 +197,9 @@ std::vector<std::byte> read_whole(Directory& directory, const std::string& name,
   const std::unique_ptr<File> file = directory.open_file(name);
   const uint64_t size = file->size_bytes();
   if (size > limit_bytes)
-    throw std::runtime_error(directory.path() + "/" + name + " has " + std::to_string(size) +
-                             " bytes, more than the " + std::to_string(limit_bytes) +
-                             " such a file may have");
+    throw std::length_error(directory.path() + "/" + name + " has " + std::to_string(size) +
+                            " bytes, more than the " + std::to_string(limit_bytes) +
+                            " it may have");
   std::vector<std::byte> bytes(size);
   file->pread(bytes, 0);
   return bytes;

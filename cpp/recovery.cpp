@@ -103,6 +103,13 @@ void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads) {
   if (error) std::rethrow_exception(error);
 }
 
+std::vector<std::byte> read_small(Directory& directory, const char* name,
+                                  uint64_t limit_bytes) try {
+  return read_whole(directory, name, limit_bytes);
+} catch (const std::length_error& error) {
+  throw CorruptCheckpoint(error.what());
+}
+
 }  // namespace
 
 void read_verified(std::span<const VerifiedFile> files, std::vector<ReadRequest> requests,
@@ -117,11 +124,11 @@ CheckpointReader::CheckpointReader(const std::string& run_path, const std::strin
   if (!directory_->try_lock(LockMode::shared) || !run->leads_to(name, *directory_))
     throw std::system_error(ENOENT, std::generic_category(),
                             "checkpoint " + directory_->path() + " has just been retired");
-  checksums_ = decode_checksums(read_whole(*directory_, kChecksumsName, kMaxChecksumsBytes));
+  checksums_ = decode_checksums(read_small(*directory_, kChecksumsName, kMaxChecksumsBytes));
   if (const auto step = step_of_name(name); step && *step != checksums_.identity.step)
     throw CorruptCheckpoint(path() + " holds a checkpoint of step " +
                             std::to_string(checksums_.identity.step));
-  manifest_ = read_whole(*directory_, kManifestName, checksums_.manifest_bytes);
+  manifest_ = read_small(*directory_, kManifestName, checksums_.manifest_bytes);
   if (manifest_.size() != checksums_.manifest_bytes ||
       crc32c(0, manifest_) != checksums_.manifest_crc)
     throw CorruptCheckpoint(path() + "/" + kManifestName + " does not match its checksum");

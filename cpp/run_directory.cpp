@@ -63,33 +63,51 @@ void RunDirectory::reclaim(const std::string& name) {
 
 RunDirectory::Partial RunDirectory::prepare(const std::string& name) {
   const std::lock_guard lock(mutex_);
-  if (directory_->exists(name))
+  if (directory_->exists(name) || under_way_.contains(name))
     throw std::system_error(EEXIST, std::generic_category(),
                             "checkpoint " + path() + "/" + name + " exists already");
   const std::string partial = name + kPartialSuffix;
   // One that bears the name already comes first: the name must come free in any case.
   auto spare = std::ranges::find(spares_, partial, &Spare::name);
-  if (spare == spares_.end() && !spares_.empty()) spare = spares_.begin();
+  if (spare == spares_.end()) {
+    if (directory_->exists(partial)) set_aside(partial);  // not ours, see reclaim()
+    spare = spares_.begin();
+  }
   if (spare != spares_.end()) {
-    Spare taken = std::move(*spare);
-    spares_.erase(spare);
-    if (taken.name != partial) directory_->rename(taken.name, partial);
+    if (spare->name != partial) {
+      directory_->rename(spare->name, partial);
+      spare->name = partial;
+    }
     // Opened again for its new path, which errors will name. The lock moves over without a gap that
     // matters: nobody but the holder of .lock locks a partial directory exclusively.
     std::unique_ptr<Directory> opened = directory_->open_directory(partial);
-    taken.directory.reset();
-    if (opened->try_lock(LockMode::exclusive)) return {std::move(opened), true};
+    spare->directory.reset();
+    const bool locked = opened->try_lock(LockMode::exclusive);
+    spares_.erase(spare);
+    if (locked) {
+      under_way_.insert(name);
+      return {std::move(opened), true};
+    }
+    set_aside(partial);
   }
-  if (directory_->exists(partial)) directory_->rename(partial, partial + kStaleSuffix);
   std::unique_ptr<Directory> made = directory_->create_directory(partial);
   made->try_lock(LockMode::exclusive);
+  under_way_.insert(name);
   return {std::move(made), false};
+}
+
+void RunDirectory::set_aside(const std::string& name) {
+  std::string aside = name + kStaleSuffix;
+  for (int n = 2; directory_->exists(aside); ++n)
+    aside = name + kStaleSuffix + "-" + std::to_string(n);
+  directory_->rename(name, aside);
 }
 
 void RunDirectory::publish(const std::string& name, Directory& partial) {
   const std::lock_guard lock(mutex_);
   partial.unlock();  // readers lock it shared from the moment they can see it
   directory_->rename(name + kPartialSuffix, name);
+  under_way_.erase(name);
   try {
     directory_->sync();
   } catch (const std::exception& error) {
@@ -102,8 +120,7 @@ void RunDirectory::publish(const std::string& name, Directory& partial) {
 
 void RunDirectory::discard(const std::string& name) {
   const std::lock_guard lock(mutex_);
-  const std::string partial = name + kPartialSuffix;
-  if (directory_->exists(partial)) remove_tree(*directory_, partial);
+  if (under_way_.erase(name) > 0) remove_tree(*directory_, name + kPartialSuffix);
 }
 
 void RunDirectory::retire() {
@@ -157,10 +174,7 @@ std::vector<std::string> RunDirectory::set_aside_after(uint64_t step) {
       continue;
     const std::optional<uint64_t> sealed = sealed_step(entry.name);
     if (!sealed || *sealed <= step) continue;
-    std::string aside = entry.name + kStaleSuffix;
-    for (int n = 2; directory_->exists(aside); ++n)
-      aside = entry.name + kStaleSuffix + "-" + std::to_string(n);
-    directory_->rename(entry.name, aside);
+    set_aside(entry.name);
     if (step_of_name(entry.name)) committed_.erase(*sealed);
     names.push_back(entry.name);
   }

@@ -45,7 +45,7 @@ class RunDirectory {
   const std::string& path() const { return directory_->path(); }
 
   // A directory `<name>.partial`, exclusively locked: a recycled one if there is one. Throws
-  // std::system_error(EEXIST) when a checkpoint of that name exists.
+  // std::system_error(EEXIST) when a checkpoint of that name exists or is under way.
   struct Partial {
     std::unique_ptr<Directory> directory;
     bool recycled;
@@ -56,6 +56,7 @@ class RunDirectory {
   // Throws OutcomeUnknown when the last step failed.
   void publish(const std::string& name, Directory& partial);
 
+  // Removes what prepare() made; does nothing once it is published.
   void discard(const std::string& name);
 
   // Retires steps beyond keep_last, oldest first; those a reader has locked wait for the next call.
@@ -75,6 +76,7 @@ class RunDirectory {
   };
 
   void reclaim(const std::string& name);
+  void set_aside(const std::string& name);
   std::optional<uint64_t> sealed_step(const std::string& name);
 
   const std::unique_ptr<Directory> directory_;
@@ -85,6 +87,7 @@ class RunDirectory {
   // prepare while the committer retires.
   std::mutex mutex_;
   std::set<uint64_t> committed_;
+  std::set<std::string> under_way_;  // prepared, neither published nor discarded yet
   std::vector<Spare> spares_;
 };
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -30,7 +30,12 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
 EXTRA_FILE = "extra.safetensors"
 
+_EXTRA_STATE = "_extra_state"  # torch's, in a state_dict
+
 Fetch = Callable[[], "torch.Tensor | None"]
+
+_StateOf: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, tuple[Any, ...]]"
+"""A parameter, how many values the optimizer keeps of it, the keys of those that are no tensor."""
 
 
 class PlanChangedError(Exception):
@@ -70,10 +75,13 @@ class SavePlan:
     tensors: list[PlannedTensor]
     by_layer: list[list[PlannedTensor]]  # in the order in which the layout wants them
     static_manifest: dict[str, Any]  # what is the same for every checkpoint of this plan
-    state_sizes: list[list[tuple[weakref.ref[torch.Tensor], int]]]
-    groups: list[int]
+    state_sizes: list[list[_StateOf]]
+    groups: list[list[int]]  # ids of the parameters; `names` keeps them from being used again
+    grouping: object  # the optimizer's, of parameters into layers: replaced, never changed
+    tables: _Tables
+    without_gradient: list[weakref.ref[torch.Tensor]]  # where gradients are saved
     names: dict[torch.Tensor, str]  # of every parameter
-    has_extra_state: bool  # some module returns one from get_extra_state
+    has_extra_state: bool  # some module returns other than a tensor from get_extra_state
     index: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,15 +97,27 @@ class SavePlan:
         return True
 
     def still_fits(self, optimizer: torch.optim.Optimizer, layer: int | None = None) -> bool:
-        """Whether the optimizer has state for the same parameters as when the plan was made."""
-        if self.groups != [len(group["params"]) for group in optimizer.param_groups]:
+        """Whether nothing has come to what is to be saved since the plan was made."""
+        checked = self.state_sizes
+        if layer is not None:
+            checked = checked[layer : layer + 1]
+        elif (
+            self.groups != _ids(optimizer)
+            or self.grouping is not getattr(optimizer, "_given", None)
+            or not self.tables.unchanged()
+            or not all(_has_no_gradient(reference()) for reference in self.without_gradient)
+        ):
             return False
-        checked = self.state_sizes if layer is None else self.state_sizes[layer : layer + 1]
         state = optimizer.state
-        for sizes in checked:
-            for reference, size in sizes:
+        for parameters in checked:
+            for reference, size, others in parameters:
                 parameter = reference()
-                if parameter is None or len(state.get(parameter, ())) != size:
+                if parameter is None:
+                    return False
+                values = state.get(parameter, ())
+                if len(values) != size:
+                    return False
+                if others and any(isinstance(values.get(k), torch.Tensor) for k in others):
                     return False
         return True
 
@@ -114,9 +134,60 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, 
     return tensors, others
 
 
+class _Tables:
+    """Where a model's modules keep parameters, buffers and modules: tells when one is added.
+
+    What is removed or replaced by other than its like shows when it is fetched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors: list[tuple[Mapping[str, Any], int, list[str]]] = []
+        self._modules: list[tuple[Mapping[str, Any], list[nn.Module | None]]] = []
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                absent = [key for key, value in table.items() if value is None]
+                self._tensors.append((table, len(table), absent))
+            self._modules.append((module._modules, list(module._modules.values())))
+
+    def unchanged(self) -> bool:
+        for table, size, absent in self._tensors:
+            if len(table) != size or any(table.get(key) is not None for key in absent):
+                return False
+        return all(list(table.values()) == modules for table, modules in self._modules)
+
+
+def _ids(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _has_no_gradient(parameter: torch.Tensor | None) -> bool:
+    return parameter is None or parameter.grad is None
+
+
+def extra_state_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Per state_dict name of what ``get_extra_state`` returns: the module's name, the module."""
+    found = {}
+    for name, module in unwrap(model).named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            key = f"{name}.{_EXTRA_STATE}" if name else _EXTRA_STATE
+            found[plain_name(key)] = (plain_name(name + ".")[:-1], module)
+    return found
+
+
+def _extra_state(module: nn.Module) -> Fetch:
+    def fetch() -> torch.Tensor | None:
+        value = module.get_extra_state()
+        return value if isinstance(value, torch.Tensor) else None
+
+    return fetch
+
+
 def _fetchers(model: nn.Module) -> dict[str, tuple[str, Fetch]]:
     """Per state_dict name, the module's name and how to read the tensor there is at the time."""
-    fetchers: dict[str, tuple[str, Fetch]] = {}
+    fetchers: dict[str, tuple[str, Fetch]] = {
+        key: (name, _extra_state(module))
+        for key, (name, module) in extra_state_modules(model).items()
+    }
     for module_name, module in unwrap(model).named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             for key in table:
@@ -214,6 +285,7 @@ class _Builder:
         self.names, self.unowned = parameter_names(model, optimizer)
         self.tensors: list[PlannedTensor] = []
         self.has_extra_state = False
+        self.without_gradient: list[weakref.ref[torch.Tensor]] = []
         self.aliases: dict[str, str] = {}
         self.index = {layer: i for i, layer in enumerate(self.layers)}
 
@@ -249,8 +321,10 @@ class _Builder:
     def add_optimizer(self) -> None:
         unnamed = self.index[UNNAMED_LAYER]
         for parameter in self.unowned:
-            name = self.names[parameter]
-            self.add(OPTIMIZER_FILE, name, unnamed, _constant(parameter), copied=False)
+            # In the layer it is updated with: another's gate would not hold that update back.
+            layer = self.layer_of.get(parameter, unnamed)
+            fetch = _constant(parameter)
+            self.add(OPTIMIZER_FILE, self.names[parameter], layer, fetch, copied=False)
         for parameter in self.parameters():
             layer = self.layer_of.get(parameter, unnamed)
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -262,7 +336,9 @@ class _Builder:
     def add_gradients(self) -> None:
         # Cleared by the loop before the next gate, so copied at once.
         for parameter, name in self.names.items():
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                self.without_gradient.append(weakref.ref(parameter))
+            else:
                 layer = self.layer_of.get(parameter, self.index[UNNAMED_LAYER])
                 self.add(GRADIENTS_FILE, name, layer, _gradient(parameter), copied=True)
 
@@ -324,19 +400,23 @@ class _Builder:
                 ],
             },
             state_sizes=self.state_sizes(),
-            groups=[len(group["params"]) for group in self.optimizer.param_groups],
+            groups=_ids(self.optimizer),
+            grouping=getattr(self.optimizer, "_given", None),
+            tables=_Tables(self.model),
+            without_gradient=self.without_gradient,
             names=self.names,
             has_extra_state=self.has_extra_state,
         )
 
-    def state_sizes(self) -> list[list[tuple[weakref.ref[torch.Tensor], int]]]:
-        sizes: list[list[tuple[weakref.ref[torch.Tensor], int]]] = [[] for _ in self.layers]
+    def state_sizes(self) -> list[list[_StateOf]]:
+        sizes: list[list[_StateOf]] = [[] for _ in self.layers]
         for parameter in self.parameters():
             layer = 0
             if not self.one_layer:
                 layer = self.layer_of.get(parameter, self.index[UNNAMED_LAYER])
-            size = len(self.optimizer.state.get(parameter, ()))
-            sizes[layer].append((weakref.ref(parameter), size))
+            values = self.optimizer.state.get(parameter, {})
+            others = tuple(k for k, v in values.items() if not _is_tensor_entry(k, v))
+            sizes[layer].append((weakref.ref(parameter), len(values), others))
         return sizes
 
 
@@ -394,12 +474,19 @@ def non_tensor_state(
     optimizer: torch.optim.Optimizer,
     names: Mapping[torch.Tensor, str],
     tensors: dict[str, torch.Tensor],
-) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter beside tensors, encoded; ``{}`` for most types."""
+) -> tuple[dict[str, Any], Any]:
+    """What the optimizer keeps of parameters beside tensors, and what of no parameter; encoded.
+
+    Both are empty for most types.
+    """
     encoded: dict[str, Any] = {}
+    unbound: dict[Any, Any] = {}
     for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, torch.Tensor):
+            unbound[parameter] = state
+            continue
         rest = {k: v for k, v in state.items() if not _is_tensor_entry(k, v)}
         if rest:
             name = names[parameter]
             encoded[name] = _codec.encode(rest, f"optimizer.state.{name}", tensors)
-    return encoded
+    return encoded, _codec.encode(unbound, "optimizer.unbound", tensors)

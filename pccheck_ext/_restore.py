@@ -15,7 +15,7 @@ from torch import nn
 from pccheck_ext import _C, _codec, _plan
 from pccheck_ext._names import check_id, is_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
-from pccheck_ext.layers import ROOT_LAYER, unwrap
+from pccheck_ext.layers import ROOT_LAYER
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
@@ -92,13 +92,16 @@ class Stored:
         for stored, target in pairs:
             target = target.detach()
             into = target
-            if not target.is_cpu or not target.is_contiguous() or target.is_neg():
+            if not (target.is_cpu and target.is_contiguous()) or target.is_conj() or target.is_neg():
                 into = torch.empty(stored.shape, dtype=stored.dtype)
                 beside.append((target, into))
             reads.append((stored.file, stored.offset, into))
         self.reader.read(reads, READ_THREADS)
         with torch.no_grad():
             for target, into in beside:
+                for dim, stride in enumerate(target.stride()):
+                    if stride == 0 and target.shape[dim] > 1:  # expanded: one element is them all
+                        target, into = target.narrow(dim, 0, 1), into.narrow(dim, 0, 1)
                 target.copy_(into)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
@@ -139,7 +142,9 @@ def checkpoint_ids(directory: str) -> list[str]:
             names = [e.name for e in entries if is_id(e.name) and e.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
-    sealed = [n for n in names if os.path.isfile(os.path.join(directory, n, "checksums.bin"))]
+    # One of its files missing makes it a damaged checkpoint, to be told of; both, no checkpoint.
+    marks = ("checksums.bin", "manifest.json")
+    sealed = [n for n in names if any(os.path.lexists(f"{directory}/{n}/{m}") for m in marks)]
     return sorted(sealed, key=lambda name: (step_of(name) is None, step_of(name) or 0, name))
 
 
@@ -171,6 +176,7 @@ class Restored:
 
     pairs: list[tuple[StoredTensor, torch.Tensor]]
     missing_layers: list[str]
+    extra_states: dict[str, torch.Tensor]  # those that are tensors, once they are read
 
 
 def restore_model(
@@ -188,7 +194,16 @@ def restore_model(
     missing: list[str] = []
     differing: list[str] = []
     read: set[tuple[Any, ...]] = set()  # tied tensors are read once
+    extra_states: dict[str, torch.Tensor] = {}
+    for name in _plan.extra_state_modules(model):
+        found = in_file.get(name)
+        if found is not None and layer is None:
+            extra_states[name] = torch.empty(found.shape, dtype=found.dtype)
+            pairs.append((found, extra_states[name]))
+            tensors[name] = extra_states[name]  # known, whatever the module returns now
     for name, target in tensors.items():
+        if name in extra_states:
+            continue
         found = in_file.get(aliases.get(name, name))
         if found is None:
             missing.append(name)
@@ -216,7 +231,7 @@ def restore_model(
             + "; ".join(problems[:8])
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
-    return Restored(pairs, _layers_of(model, missing))
+    return Restored(pairs, _layers_of(model, missing), extra_states)
 
 
 def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
@@ -226,12 +241,15 @@ def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
     return list(layers)
 
 
-def restore_extra_state(stored: Stored, model: nn.Module, extra: dict[str, torch.Tensor]) -> None:
+def restore_extra_state(
+    stored: Stored, model: nn.Module, restored: Restored, extra: dict[str, torch.Tensor]
+) -> None:
     """Hand modules what they returned from ``get_extra_state``."""
     values = _codec.decode(stored.manifest["model"], extra, path="model")
-    for key, value in values.items():
-        module = unwrap(model).get_submodule(key.rpartition(".")[0])
-        module.set_extra_state(value)
+    modules = _plan.extra_state_modules(model)
+    for key, value in {**values, **restored.extra_states}.items():
+        if key in modules:
+            modules[key][1].set_extra_state(value)
 
 
 class OptimizerRestore:
@@ -264,11 +282,12 @@ class OptimizerRestore:
         for parameter in unowned:
             self.pairs.append((in_file.pop(self.names[parameter]), parameter))
         for name, entry in in_file.items():
-            owner, _, key = name.rpartition(".")
+            owner, key = _split(name, by_name)
             parameter = by_name[owner]
             value = self._destination(parameter, key, entry)
             self.state.setdefault(parameter, {})[key] = value
             self.pairs.append((entry, value))
+        self.unbound = _codec.decode(saved["unbound"], extra, path="optimizer.unbound")
         for name, values in rest.items():
             decoded = _codec.decode(values, extra, path=f"optimizer.state.{name}")
             self.state.setdefault(by_name[name], {}).update(decoded)
@@ -293,10 +312,20 @@ class OptimizerRestore:
         """After the reads: the state replaces what the optimizer had."""
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
+        self.optimizer.state.update(self.unbound)
         for group, saved in zip(self.optimizer.param_groups, self.groups, strict=True):
             for key in [key for key in group if key != "params" and key not in saved]:
                 del group[key]
             group.update(saved)
+
+
+def _split(name: str, owners: Mapping[str, Any]) -> tuple[str, str]:
+    """An entry of the optimizer's file: parameter and key, either of which may hold dots."""
+    owner, _, key = name.rpartition(".")
+    while owner and owner not in owners:
+        owner, _, more = owner.rpartition(".")
+        key = f"{more}.{key}"
+    return owner, key
 
 
 def _count(groups: list[list[str]]) -> str:

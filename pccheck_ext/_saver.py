@@ -36,6 +36,8 @@ class _AtStep:
     rng: dict[str, Any]
     data: dict[str, Any]
     optimizer_state: dict[str, Any]
+    unbound_state: Any
+    model: Any  # what modules return from get_extra_state: forward may change it
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
 
@@ -86,6 +88,8 @@ class StepSaver:
         self.skip_next = False
         self.stall_s = 0.0
         self.steps_saved = 0
+        self.given_up = 0  # checkpoints dropped on purpose; the engine counts them as failed
+        self._origin = 0  # the step that training goes on from
         self._first_save = True
         self._plan: SavePlan | None = None
         self._whole_plan: SavePlan | None = None
@@ -200,8 +204,17 @@ class StepSaver:
             if begun is None:
                 return
             self._hand_over_rest(begun)
-        self._pending = (begun, self._read_at_step(begun.plan))
+        self._take(begun)
         self.steps_saved += 1
+
+    def _take(self, begun: _Begun) -> None:
+        """Everything was handed over: what else belongs to the step is read, or it is given up."""
+        try:
+            self._pending = (begun, self._read_at_step(begun.plan))
+        except BaseException:
+            begun.ticket.abandon("its state could not be read")
+            self._forget(begun)
+            raise
 
     def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> _Begun | None:
         plan = self._whole_plan if whole else self._plan
@@ -228,7 +241,7 @@ class StepSaver:
                 older.wait()  # an attempt at the same name that failed: let it clear its files away
         try:
             if self._first_save:
-                self._set_aside(step - 1 if name == step_id(step) else step)
+                self._set_aside(self._origin)
                 self._first_save = False
             ticket = self.session.begin(name, step, self.run_id, os.urandom(16), plan.layout)
         except (OSError, RuntimeError) as error:
@@ -269,6 +282,7 @@ class StepSaver:
     def _forget(self, begun: _Begun) -> None:
         """Drops a checkpoint that was given up on purpose: that is no failure to report."""
         begun.ticket.wait()
+        self.given_up += 1
         begun.ticket.open_all_gates()
         self._in_flight = [ticket for ticket in self._in_flight if ticket is not begun.ticket]
         self._gated = [other for other in self._gated if other is not begun]
@@ -283,10 +297,14 @@ class StepSaver:
             for name in self.extra
             if name in self.at_step
         }
-        optimizer_state = _plan.non_tensor_state(self.optimizer, plan.names, tensors)
+        state, unbound = _plan.non_tensor_state(self.optimizer, plan.names, tensors)
+        others: dict[str, Any] = {}
+        if plan.has_extra_state:
+            _, others = _plan.model_tensors(self.model)
+        model = _codec.encode(others, "model", tensors)
         progress = _codec.encode(self.progress(), "progress", tensors)
         owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        return _AtStep(rng, data, optimizer_state, owned, progress)  # type: ignore[arg-type]
+        return _AtStep(rng, data, state, unbound, model, owned, progress)  # type: ignore[arg-type]
 
     def seal(self, *, reread: bool = False) -> None:
         """Read what loops change after the optimizer's step, and let the checkpoint commit.
@@ -297,14 +315,15 @@ class StepSaver:
         if self._pending is None:
             return
         (begun, at_step), self._pending = self._pending, None
-        if reread:
-            at_step = self._read_at_step(begun.plan)
-        tensors = dict(at_step.tensors)
         try:
+            if reread:
+                at_step = self._read_at_step(begun.plan)
+            tensors = dict(at_step.tensors)
             manifest = self._manifest(begun, at_step, tensors)
             layout, described = _plan.plan_extra(tensors, self.block_bytes)
-        except TypeError:
-            begun.ticket.abandon("its state could not be encoded")
+        except BaseException:
+            # Or it would be in flight for ever, and with it whatever waits for it.
+            begun.ticket.abandon("its state could not be read")
             self._forget(begun)
             raise
         owned = [
@@ -326,9 +345,6 @@ class StepSaver:
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
-        others: dict[str, Any] = {}
-        if begun.plan.has_extra_state:
-            _, others = _plan.model_tensors(self.model)
         return {
             "format": "pccheck",
             "version": MANIFEST_VERSION,
@@ -345,8 +361,9 @@ class StepSaver:
                 "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
                 "parameters": begun.plan.static_manifest["parameters"],
                 "state": at_step.optimizer_state,
+                "unbound": at_step.unbound_state,
             },
-            "model": _codec.encode(others, "model", tensors),
+            "model": at_step.model,
             "rng": at_step.rng,
             "extra": extra,
             "aliases": begun.plan.static_manifest["aliases"],
@@ -362,7 +379,7 @@ class StepSaver:
         if begun is None:
             return None
         self._hand_over_rest(begun)
-        self._pending = (begun, self._read_at_step(begun.plan))
+        self._take(begun)
         self.seal()
         return begun.ticket
 
@@ -385,7 +402,7 @@ class StepSaver:
 
     def restart_from(self, step: int) -> None:
         """Another state was loaded: its step counts, and it may have other tensors."""
-        self.step = step
+        self.step = self._origin = step
         self._first_save = True
         self._plan = self._whole_plan = None
 

@@ -51,7 +51,10 @@ class StepObserver(Protocol):
         """First thing in step(), before hooks and closure. True: hand every layer over."""
 
     def before_update(self, layer: str | None) -> None:
-        """The gate: returns when the layer (None: every layer) may change."""
+        """The gate: returns when the layer (None: every layer) may change.
+
+        To raise here between two layers leaves the step half done: raise in before_step.
+        """
 
     def after_layer(self, layer: str) -> None:
         """The layer has its final values of this step. Only where before_step() returned True."""
@@ -293,7 +296,9 @@ class LayerwiseOptimizer(Optimizer):
         base = cast(Any, self._base)
         out = None
         raw = self._raw_step()
+        post_hooks: list[Mapping[int, Any]] = []
         if raw is not None:  # then this plays the part of torch's hook runner
+            post_hooks = [base._optimizer_step_post_hooks, _torch._global_optimizer_post_hooks]
             for hooks in (_torch._global_optimizer_pre_hooks, base._optimizer_step_pre_hooks):
                 if hooks:
                     args, kwargs = _pre_hooks(base, hooks, args, kwargs)
@@ -302,8 +307,7 @@ class LayerwiseOptimizer(Optimizer):
                 with torch.enable_grad():
                     out = closure()
             base._opt_called = True  # asked for by schedulers that were made on the base
-        post_hooks = (base._optimizer_step_post_hooks, _torch._global_optimizer_post_hooks)
-        if self._optimizer_step_post_hooks or (raw is not None and any(post_hooks)):
+        if self._optimizer_step_post_hooks or any(post_hooks):
             told.deferred = []  # a post hook may change parameters
         wanted = told.callback is not None or told.observer is not None
         found_inf = getattr(base, "found_inf", None)
@@ -336,9 +340,9 @@ class LayerwiseOptimizer(Optimizer):
         self.training_step += not voided
         if raw is not None:
             base._optimizer_step_code()
-            for hooks in post_hooks:
-                for hook in hooks.values():
-                    hook(base, (base, *args), kwargs)
+        for hooks in post_hooks:
+            for hook in hooks.values():
+                hook(base, (base, *args), kwargs)
         return not voided, out
 
     def _raw_step(self) -> Callable[..., Any] | None:

@@ -63,7 +63,7 @@ class ModelRecovery:
         stored = _restore.open_checkpoint(self.directory, checkpoint_id)
         restored = _restore.restore_model(stored, model, strict=strict)
         stored.read(restored.pairs)
-        _restore.restore_extra_state(stored, model, stored.extra_tensors())
+        _restore.restore_extra_state(stored, model, restored, stored.extra_tensors())
         return restored.missing_layers
 
     def load_layer(self, model: nn.Module, checkpoint_id: str, layer: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 import weakref
 from array import array
@@ -263,9 +264,12 @@ class LayerwiseCheckpointTrainer:
         self.zero_grad()
         loss = criterion(self.model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        self._saver.skip_next = not enable_checkpoint
         value = loss.item()
-        self.step(value)
+        self._saver.skip_next = not enable_checkpoint
+        try:
+            self.step(value)
+        finally:
+            self._saver.skip_next = False
         self.end_step()
         return value
 
@@ -285,6 +289,11 @@ class LayerwiseCheckpointTrainer:
         a name that cannot be or is there already, CheckpointError as `step` does.
         """
         _names.check_id(checkpoint_id)
+        if _names.step_of(checkpoint_id) not in (None, self.training_step):
+            raise ValueError(
+                f"checkpoint_id {checkpoint_id!r} names another step than {self.training_step}, "
+                "the one to be saved"
+            )
         if os.path.lexists(os.path.join(self.checkpoint_dir, checkpoint_id)):
             raise ValueError(
                 f"checkpoint_id {checkpoint_id!r} is there already in {self.checkpoint_dir}; "
@@ -322,6 +331,21 @@ class LayerwiseCheckpointTrainer:
             self._last_stats = self.stats()
             self._session.close()
             _exit.forget(self)
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is None or not session.is_open or os.getpid() != self._owner:
+            return
+        warnings.warn(
+            f"a trainer over {self.checkpoint_dir} was dropped without shutdown(); its saves are "
+            "being finished now",
+            ResourceWarning,
+            stacklevel=2,
+        )
+        try:
+            self.shutdown()
+        except Exception as error:  # nobody could catch it: tell
+            print(f"pccheck_ext: {error}", file=sys.stderr)
 
     def __enter__(self) -> LayerwiseCheckpointTrainer:
         return self
@@ -409,7 +433,7 @@ class LayerwiseCheckpointTrainer:
         stored.read([*restored.pairs, *optimizer.pairs, *gradients.pairs])
         optimizer.apply()
         gradients.apply()
-        _restore.restore_extra_state(stored, self.model, extra)
+        _restore.restore_extra_state(stored, self.model, restored, extra)
         for name, value in values.items():
             self.extra[name].load_state_dict(value)
         self._saver.restart_from(stored.step)
@@ -443,6 +467,7 @@ class LayerwiseCheckpointTrainer:
         saved = self._saver.steps_saved
         total = stats.pop("durable_s_total")
         stats["durable_s_mean"] = total / committed if committed else math.nan
+        stats["checkpoints_failed"] -= self._saver.given_up
         stats["stall_s"] = self._saver.stall_s
         stats["stall_per_checkpoint_s"] = self._saver.stall_s / saved if saved else math.nan
         stats["lag_steps"] = self.training_step - stats["last_committed_step"]
