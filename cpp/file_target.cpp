@@ -86,13 +86,17 @@ SealedFile::SealedFile(const std::string& path)
     : path_(path),
       file_(open_posix_directory(parent_of(path), false)->open_file(name_of(path))),
       size_bytes_(file_->size_bytes()) {
-  if (size_bytes_ < 8) throw safetensors::Malformed(path + " is shorter than 8 bytes");
-  std::array<std::byte, 8> prefix;
-  file_->pread(prefix, 0);
-  std::vector<std::byte> bytes(safetensors::header_bytes(prefix, size_bytes_));
-  file_->pread(bytes, 0);
-  header_ = safetensors::parse_header(bytes, size_bytes_);
-  sums_ = safetensors::read_checksums(bytes, header_, size_bytes_);
+  try {
+    if (size_bytes_ < 8) throw safetensors::Malformed("it is shorter than 8 bytes");
+    std::array<std::byte, 8> prefix;
+    file_->pread(prefix, 0);
+    std::vector<std::byte> bytes(safetensors::header_bytes(prefix, size_bytes_));
+    file_->pread(bytes, 0);
+    header_ = safetensors::parse_header(bytes, size_bytes_);
+    sums_ = safetensors::read_checksums(bytes, header_, size_bytes_);
+  } catch (const safetensors::Malformed& error) {
+    throw CorruptCheckpoint(path + ": " + error.what());
+  }
 }
 
 void SealedFile::read(std::vector<ReadRequest> requests, unsigned threads) const {

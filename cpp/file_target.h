@@ -18,7 +18,7 @@ std::unique_ptr<Target> make_file_target(const std::string& path);
 
 class SealedFile {
  public:
-  // Reads and checks the header. Throws safetensors::Malformed, std::system_error.
+  // Reads and checks the header. Throws CorruptCheckpoint, std::system_error.
   explicit SealedFile(const std::string& path);
 
   const safetensors::Header& header() const { return header_; }

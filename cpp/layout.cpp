@@ -86,6 +86,9 @@ void Layout::add_file(FileSpec spec) {
       throw std::invalid_argument("tensor '" + tensor.name + "' is of layer " +
                                   std::to_string(tensor.layer) + " of " +
                                   std::to_string(options_.layer_count));
+    if (tensor.name == "__metadata__")
+      throw std::invalid_argument(
+          "a tensor cannot be called '__metadata__': safetensors keeps that name for itself");
     if (!names.insert(tensor.name).second)
       throw std::invalid_argument("two tensors are called '" + tensor.name + "' in " + file.name);
   }

@@ -127,7 +127,8 @@ std::unique_ptr<File> open_posix_file(int directory, const std::string& director
                     (mode == PosixOpen::create ? O_CREAT | O_EXCL : 0);
   Descriptor buffered(::openat(directory, name.c_str(), flags, 0666));
   if (!buffered) {
-    if (mode == PosixOpen::reuse && (errno == ENOENT || errno == ELOOP || errno == ENXIO))
+    if (mode == PosixOpen::reuse &&
+        (errno == ENOENT || errno == ELOOP || errno == ENXIO || errno == EISDIR))
       return nullptr;
     throw_errno("open " + path);
   }

@@ -41,7 +41,12 @@ class Stored:
     def __init__(self, directory: str, checkpoint_id: str) -> None:
         self.id = checkpoint_id
         self.path = os.path.join(directory, checkpoint_id)
-        self.reader = _C.Reader(directory, checkpoint_id)
+        try:
+            self.reader = _C.Reader(directory, checkpoint_id)
+        except CheckpointCorrupt as error:
+            if self.path in str(error):
+                raise
+            raise CheckpointCorrupt(f"{self.path}: {error}") from None
         try:
             self.manifest: dict[str, Any] = self._checked(_codec.loads(self.reader.manifest))
             self.files = [name for name, _ in self.reader.files]
@@ -92,7 +97,11 @@ class Stored:
         for stored, target in pairs:
             target = target.detach()
             into = target
-            if not (target.is_cpu and target.is_contiguous()) or target.is_conj() or target.is_neg():
+            if (
+                not (target.is_cpu and target.is_contiguous())
+                or target.is_conj()
+                or target.is_neg()
+            ):
                 into = torch.empty(stored.shape, dtype=stored.dtype)
                 beside.append((target, into))
             reads.append((stored.file, stored.offset, into))
@@ -241,11 +250,16 @@ def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
     return list(layers)
 
 
+def decoded(node: Any, tensors: Mapping[str, torch.Tensor], path: str) -> Any:
+    """A typed value of the manifest, its tensors on the devices where they were."""
+    return _codec.decode(node, tensors, path=path, to_device=lambda tensor, at: tensor.to(at))
+
+
 def restore_extra_state(
     stored: Stored, model: nn.Module, restored: Restored, extra: dict[str, torch.Tensor]
 ) -> None:
     """Hand modules what they returned from ``get_extra_state``."""
-    values = _codec.decode(stored.manifest["model"], extra, path="model")
+    values = decoded(stored.manifest["model"], extra, "model")
     modules = _plan.extra_state_modules(model)
     for key, value in {**values, **restored.extra_states}.items():
         if key in modules:
@@ -273,7 +287,7 @@ class OptimizerRestore:
                 f"{_count(saved['parameters'])}; this is {kind} over {_count(groups)}, or their "
                 "names differ: build the optimizer as it was built for the saved run"
             )
-        self.groups = _codec.decode(saved["param_groups"], extra, path="optimizer.param_groups")
+        self.groups = decoded(saved["param_groups"], extra, "optimizer.param_groups")
         rest = saved["state"]
         by_name = {name: p for p, name in self.names.items()}
         in_file = stored.of_file(_plan.OPTIMIZER_FILE)
@@ -289,8 +303,9 @@ class OptimizerRestore:
             self.pairs.append((entry, value))
         self.unbound = _codec.decode(saved["unbound"], extra, path="optimizer.unbound")
         for name, values in rest.items():
-            decoded = _codec.decode(values, extra, path=f"optimizer.state.{name}")
-            self.state.setdefault(by_name[name], {}).update(decoded)
+            self.state.setdefault(by_name[name], {}).update(
+                decoded(values, extra, f"optimizer.state.{name}")
+            )
 
     def _destination(self, parameter: torch.Tensor, key: str, entry: StoredTensor) -> torch.Tensor:
         device = torch.device("cpu") if entry.device == "cpu" else parameter.device

@@ -148,6 +148,7 @@ class StepSaver:
                     raise PlanChangedError(layer)
                 self._hand_over(begun, index)
         except PlanChangedError:
+            # Planned anew once the step is done.
             self._abandon_begun("the set of tensors changed during the step")
         self.stall_s += time.perf_counter() - start
 
@@ -191,30 +192,26 @@ class StepSaver:
         self._settle_order()
         # Gates of an older checkpoint: a step taken whole has passed them all, one by layers too.
         self._gated = [older for older in self._gated if older is begun]
-        if begun is None:
+        if begun is None or not self._complete(begun):
             begun = self._begin_planned_now(step_id(self.step), whole=False)
             if begun is None:
                 return
-        try:
-            self._hand_over_rest(begun)
-        except PlanChangedError:
-            begun.ticket.abandon("the set of tensors changed during the step")
-            self._forget(begun)
-            begun = self._begin_planned_now(step_id(self.step), whole=False)
-            if begun is None:
-                return
-            self._hand_over_rest(begun)
-        self._take(begun)
+            if not self._complete(begun):
+                raise RuntimeError("the set of tensors changes while it is being read")
         self.steps_saved += 1
 
-    def _take(self, begun: _Begun) -> None:
-        """Everything was handed over: what else belongs to the step is read, or it is given up."""
+    def _complete(self, begun: _Begun) -> bool:
+        """Hand over what is left and read what belongs to the step. False: the plan is outdated."""
         try:
+            self._hand_over_rest(begun)
             self._pending = (begun, self._read_at_step(begun.plan))
-        except BaseException:
-            begun.ticket.abandon("its state could not be read")
-            self._forget(begun)
+        except PlanChangedError:
+            self._give_up(begun, "the set of tensors changed during the step")
+            return False
+        except BaseException as error:
+            self._give_up(begun, f"{type(error).__name__}: {error}")
             raise
+        return True
 
     def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> _Begun | None:
         plan = self._whole_plan if whole else self._plan
@@ -276,11 +273,11 @@ class StepSaver:
     def _abandon_begun(self, reason: str) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
-            begun.ticket.abandon(reason)
-            self._forget(begun)
+            self._give_up(begun, reason)
 
-    def _forget(self, begun: _Begun) -> None:
-        """Drops a checkpoint that was given up on purpose: that is no failure to report."""
+    def _give_up(self, begun: _Begun, reason: str) -> None:
+        """Drop a checkpoint that cannot be finished; whoever calls tells, if it has to be told."""
+        begun.ticket.abandon(reason)
         begun.ticket.wait()
         self.given_up += 1
         begun.ticket.open_all_gates()
@@ -321,10 +318,9 @@ class StepSaver:
             tensors = dict(at_step.tensors)
             manifest = self._manifest(begun, at_step, tensors)
             layout, described = _plan.plan_extra(tensors, self.block_bytes)
-        except BaseException:
+        except BaseException as error:
             # Or it would be in flight for ever, and with it whatever waits for it.
-            begun.ticket.abandon("its state could not be read")
-            self._forget(begun)
+            self._give_up(begun, f"{type(error).__name__}: {error}")
             raise
         owned = [
             tensor if name in at_step.tensors else tensor.detach().clone()
@@ -378,8 +374,8 @@ class StepSaver:
         begun = self._begin_planned_now(name, whole=chunk_count > 1, chunk_count=chunk_count)
         if begun is None:
             return None
-        self._hand_over_rest(begun)
-        self._take(begun)
+        if not self._complete(begun):
+            raise RuntimeError("the set of tensors changes while it is being read")
         self.seal()
         return begun.ticket
 

@@ -425,7 +425,7 @@ class LayerwiseCheckpointTrainer:
         optimizer = _restore.OptimizerRestore(
             stored, self.model, self.optimizer.base_optimizer, extra
         )
-        values = {name: _codec.decode(saved[name], extra, path=f"extra.{name}") for name in saved}
+        values = {name: _restore.decoded(saved[name], extra, f"extra.{name}") for name in saved}
         progress = _codec.decode(stored.manifest["progress"], extra, path="progress")
         rng = _codec.decode(stored.manifest["rng"], extra, path="rng")
 

@@ -109,20 +109,36 @@ void read_into(const CheckpointReader& reader, const std::vector<ReadTuple>& rea
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
+// OSError(errno, text) becomes FileNotFoundError, PermissionError and so on by itself.
+void set_os_error(int code, const char* text) {
+  const py::tuple arguments = py::make_tuple(code, text);
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+// What this module's functions throw.
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
   } catch (const std::system_error& failed) {
-    // OSError(errno, text) becomes FileNotFoundError, PermissionError and so on by itself.
-    const py::tuple arguments = py::make_tuple(failed.code().value(), failed.what());
-    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    set_os_error(failed.code().value(), failed.what());
+  } catch (const c10::TypeError& failed) {
+    py::set_error(PyExc_TypeError, failed.what_without_backtrace());
+  } catch (const c10::ValueError& failed) {
+    py::set_error(PyExc_ValueError, failed.what_without_backtrace());
+  } catch (const c10::Error& failed) {
+    py::set_error(PyExc_RuntimeError, failed.what_without_backtrace());
+  }
+}
+
+// What the operators throw, too: types of our own and no others, for this one hears everybody's.
+void translate_own(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
   } catch (const CorruptCheckpoint& failed) {
     py::set_error(py::module_::import("pccheck_ext.errors").attr("CheckpointCorrupt"),
                   failed.what());
-  } catch (const c10::TypeError& failed) {
-    py::set_error(PyExc_TypeError, failed.what_without_backtrace());
-  } catch (const c10::Error& failed) {
-    py::set_error(PyExc_RuntimeError, failed.what_without_backtrace());
+  } catch (const OperatorOsError& failed) {
+    set_os_error(failed.code, failed.what());
   }
 }
 
@@ -217,7 +233,8 @@ void bind_load(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  py::register_exception_translator(&translate);
+  py::register_local_exception_translator(&translate);
+  py::register_exception_translator(&translate_own);
   bind_save(module);
   bind_load(module);
   bind_device_probes(module);

@@ -117,7 +117,7 @@ std::shared_ptr<const Layout> layout_of(const std::vector<at::Tensor>& tensors,
 }
 
 int64_t save_chunks(const std::vector<at::Tensor>& tensors, const std::vector<std::string>& names,
-                    const std::string& path, int64_t chunk_count, bool wait) {
+                    const std::string& path, int64_t chunk_count, bool wait) try {
   TORCH_CHECK_VALUE(tensors.size() == names.size(), "save_chunks: ", tensors.size(),
                     " tensors but ", names.size(), " names");
   TORCH_CHECK_VALUE(chunk_count >= 0 && chunk_count <= 4096,
@@ -148,10 +148,12 @@ int64_t save_chunks(const std::vector<at::Tensor>& tensors, const std::vector<st
   if (wait && save->state() == Checkpoint::State::failed) raise_failure(*save);
   savers.saves.emplace(ticket, save);
   return ticket;
+} catch (const std::system_error& error) {
+  throw OperatorOsError(error);
 }
 
 void load_chunks(const std::vector<at::Tensor>& out, const std::vector<std::string>& names,
-                 const std::string& path) {
+                 const std::string& path) try {
   TORCH_CHECK_VALUE(out.size() == names.size(), "load_chunks: ", out.size(), " tensors but ",
                     names.size(), " names");
   const SealedFile file(path);
@@ -184,6 +186,8 @@ void load_chunks(const std::vector<at::Tensor>& out, const std::vector<std::stri
   for (auto& [target, read] : copies) target.copy_(read);
   for (const at::Tensor& tensor : out)
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+} catch (const std::system_error& error) {
+  throw OperatorOsError(error);
 }
 
 }  // namespace

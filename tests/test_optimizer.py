@@ -22,6 +22,16 @@ from torch.optim.optimizer import (
 
 from pccheck_ext.optimizer import LayerwiseOptimizer
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and on a busy machine threads wait for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FOREACH = ["default", "foreach", "for-loop"]
 MODES = {"default": {}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
 FUSED = {"fused": {"fused": True}}
@@ -596,6 +606,17 @@ def test_an_update_that_raises_aborts_the_step_and_leaves_the_groups_as_they_wer
     assert optimizer.training_step == 0
 
 
+def test_a_callbacks_error_is_shown_with_that_of_the_update_that_followed_it() -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("callback")
+
+    model, _, optimizer, _ = small(torch.optim.Adam, callback=fail)
+    model[0].weight.grad = torch.ones(3, 3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse") as caught:
+        optimizer.step()
+    assert isinstance(caught.value.__context__, KeyError)
+
+
 @pytest.mark.parametrize("place", ["pre", "closure", "gate", "post"])
 def test_an_error_of_hook_closure_or_gate_aborts_the_step(place) -> None:
     def fail(*args: object) -> None:
@@ -906,6 +927,43 @@ def test_a_foreign_optimizer_is_stepped_whole_and_its_layers_are_handed_over_aft
     statistics = optimizer.get_statistics()
     assert statistics["stepped_whole"] is True
     assert statistics["whole_steps"] == 1
+
+
+def test_a_whole_steps_updates_show_in_version_counters_when_its_layers_are_handed_over() -> None:
+    model, _, optimizer = foreign()
+    model[1].bias.grad = None
+    before = [param._version for param in model.parameters()]
+    seen = {}
+    optimizer._observer.after_layer = lambda layer: seen.update(
+        {layer: [p._version > v for p, v in zip(model.parameters(), before, strict=True)]}
+    )
+    optimizer.step()
+    assert seen == {"1": [False, False, True, False], "0": [True, True, True, False]}
+
+
+def test_an_optimizer_that_never_called_torchs_constructor_can_be_the_base() -> None:
+    class Outer(Optimizer):
+        """As libraries wrap an optimizer: an Optimizer by name, with none of its attributes."""
+
+        def __init__(self, inner: Optimizer) -> None:
+            self.inner = inner
+
+        param_groups = property(lambda self: self.inner.param_groups)
+        state = property(lambda self: self.inner.state)
+        defaults = property(lambda self: self.inner.defaults)
+
+        def step(self, closure: Callable | None = None) -> object:
+            return self.inner.step(closure)
+
+    expected, plain, _, _ = small(torch.optim.Adam)
+    plain.step()
+    model, base, _, recorder = small(torch.optim.Adam)
+    with pytest.warns(UserWarning, match="Outer is stepped whole"):
+        optimizer = wrap(Outer(base), model)
+    optimizer._observer = recorder
+    optimizer.step()
+    assert recorder.named("layer") == ["2", "1", "0"]
+    assert same(model, base, expected, plain)
 
 
 def test_lbfgs_is_stepped_whole_with_callbacks_and_equals_its_own_step() -> None:
