@@ -6,6 +6,7 @@ that it does not. Everything runs on the training thread.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -174,6 +175,12 @@ def extra_state_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
+def is_computed(model: nn.Module) -> Callable[[str], bool]:
+    """Tells of state_dict names whose tensors no table of the model's modules holds."""
+    known = _fetchers(model)
+    return lambda name: name not in known
+
+
 def _extra_state(module: nn.Module) -> Fetch:
     def fetch() -> torch.Tensor | None:
         value = module.get_extra_state()
@@ -210,6 +217,10 @@ def _state_entry(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key:
 
 def _constant(tensor: torch.Tensor) -> Fetch:
     return lambda: tensor
+
+
+def _state_dict_entry(model: nn.Module, name: str) -> Fetch:
+    return lambda: model_tensors(model)[0].get(name)
 
 
 def _gradient(parameter: torch.Tensor) -> Fetch:
@@ -311,7 +322,8 @@ class _Builder:
                 if kept != name:
                     self.aliases[name] = kept
                     continue
-            module, fetch = fetchers.get(name, ("", _constant(tensor)))
+            # A module may put into its state_dict what is in no table of its own.
+            module, fetch = fetchers.get(name, ("", _state_dict_entry(self.model, name)))
             layer = self.layer_of.get(tensor)
             if layer is None:
                 layer = self.index.get(module or ROOT_LAYER, self.index[BUFFERS_LAYER])
@@ -360,11 +372,12 @@ class _Builder:
 
     def finish(self, block_bytes: int, chunk_count: int) -> SavePlan:
         self.copy_what_shares_memory()
+        order = sorted(self.tensors, key=lambda planned: planned.layer)
+        home = {(p.file, p.name): self.layers[p.layer] for p in order}
         if self.one_layer:
             self.layers = ["(state)"]
-            for planned in self.tensors:
+            for planned in order:
                 planned.layer = 0
-        order = sorted(self.tensors, key=lambda planned: planned.layer)
         files = []
         for file in (MODEL_FILE, OPTIMIZER_FILE, GRADIENTS_FILE):
             entries = [
@@ -379,20 +392,22 @@ class _Builder:
                 files.append((file, metadata, entries))
         layout = _C.Layout(files, len(self.layers), block_bytes, chunk_count)
         by_key = {(p.file, p.name): p for p in order}
-        by_layer = []
-        described = []
-        for i, layer in enumerate(self.layers):
-            placed = layout.layer_tensors(i)
-            by_layer.append([by_key[file, name] for file, name, _, _ in placed])
-            if placed:
-                described.append(_describe(layer, placed, by_layer[-1]))
+        by_layer: list[list[PlannedTensor]] = []
+        described: dict[str, list[dict[str, Any]]] = {layer: [] for layer in home.values()}
+        for i in range(len(self.layers)):
+            by_layer.append([])
+            for where in layout.layer_tensors(i):
+                p = by_key[where[:2]]
+                by_layer[-1].append(p)
+                entry = _describe_tensor(where, p.dtype, p.shape, p.device)
+                described[home[where[:2]]].append(entry)
         return SavePlan(
             layers=self.layers,
             layout=layout,
             tensors=order,
             by_layer=by_layer,
             static_manifest={
-                "layers": described,
+                "layers": [_describe(layer, entries) for layer, entries in described.items()],
                 "aliases": dict(self.aliases),
                 "parameters": [
                     [self.names[p] for p in group["params"]]
@@ -420,17 +435,12 @@ class _Builder:
         return sizes
 
 
-def _describe(
-    layer: str, placed: list[tuple[str, str, int, int]], planned: list[PlannedTensor]
-) -> dict[str, Any]:
+def _describe(layer: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": layer,
-        "param_count": sum(p.shape.numel() for p in planned if p.file == MODEL_FILE),
-        "size_bytes": sum(size for _, _, _, size in placed),
-        "tensors": [
-            _describe_tensor(where, p.dtype, p.shape, p.device)
-            for where, p in zip(placed, planned, strict=True)
-        ],
+        "param_count": sum(math.prod(e["shape"]) for e in entries if e["file"] == MODEL_FILE),
+        "size_bytes": sum(e["bytes"] for e in entries),
+        "tensors": entries,
     }
 
 

@@ -1,5 +1,5 @@
-"""Putting a checkpoint back: what it holds is checked against what is there before anything changes,
-then read into the tensors themselves.
+"""Putting a checkpoint back: what it holds is checked against what is there before anything is
+changed, then read into the tensors themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from pccheck_ext import _C, _codec, _plan
 from pccheck_ext._names import check_id, is_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
-from pccheck_ext.layers import ROOT_LAYER
+from pccheck_ext.layers import ROOT_LAYER, unwrap
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
@@ -102,7 +102,7 @@ class Stored:
                 or target.is_conj()
                 or target.is_neg()
             ):
-                into = torch.empty(stored.shape, dtype=stored.dtype)
+                into = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
                 beside.append((target, into))
             reads.append((stored.file, stored.offset, into))
         self.reader.read(reads, READ_THREADS)
@@ -115,7 +115,9 @@ class Stored:
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         stored = self.of_file(_plan.EXTRA_FILE)
-        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in stored.items()}
+        tensors = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in stored.items()
+        }
         self.read((stored[name], tensor) for name, tensor in tensors.items())
         return tensors
 
@@ -186,6 +188,7 @@ class Restored:
     pairs: list[tuple[StoredTensor, torch.Tensor]]
     missing_layers: list[str]
     extra_states: dict[str, torch.Tensor]  # those that are tensors, once they are read
+    computed: dict[str, torch.Tensor]  # for modules to take over: they hold no such tensor
 
 
 def restore_model(
@@ -204,10 +207,12 @@ def restore_model(
     differing: list[str] = []
     read: set[tuple[Any, ...]] = set()  # tied tensors are read once
     extra_states: dict[str, torch.Tensor] = {}
+    is_computed = _plan.is_computed(model)
+    computed: dict[str, torch.Tensor] = {}
     for name in _plan.extra_state_modules(model):
         found = in_file.get(name)
         if found is not None and layer is None:
-            extra_states[name] = torch.empty(found.shape, dtype=found.dtype)
+            extra_states[name] = torch.empty(found.shape, dtype=found.dtype, device="cpu")
             pairs.append((found, extra_states[name]))
             tensors[name] = extra_states[name]  # known, whatever the module returns now
     for name, target in tensors.items():
@@ -226,6 +231,8 @@ def restore_model(
         elif _plan.same_tensor(target) not in read:
             read.add(_plan.same_tensor(target))
             pairs.append((found, target))
+            if is_computed(name) and not isinstance(target, nn.Parameter):
+                computed[name] = target
     known = {aliases.get(name, name) for name in tensors}
     unexpected = [name for name in in_file if name not in known]
     problems = list(differing)
@@ -240,7 +247,7 @@ def restore_model(
             + "; ".join(problems[:8])
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
-    return Restored(pairs, _layers_of(model, missing), extra_states)
+    return Restored(pairs, _layers_of(model, missing), extra_states, computed)
 
 
 def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
@@ -258,7 +265,9 @@ def decoded(node: Any, tensors: Mapping[str, torch.Tensor], path: str) -> Any:
 def restore_extra_state(
     stored: Stored, model: nn.Module, restored: Restored, extra: dict[str, torch.Tensor]
 ) -> None:
-    """Hand modules what they returned from ``get_extra_state``."""
+    """Hand modules what they returned from ``get_extra_state``, or added to the state_dict."""
+    if restored.computed:
+        unwrap(model).load_state_dict(restored.computed, strict=False)
     values = decoded(stored.manifest["model"], extra, "model")
     modules = _plan.extra_state_modules(model)
     for key, value in {**values, **restored.extra_states}.items():

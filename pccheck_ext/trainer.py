@@ -146,7 +146,7 @@ class LayerwiseCheckpointTrainer:
         self.checkpoint_chunk_count = checkpoint_chunk_count
         self.wait_for_chunks = wait_for_chunks
         self.on_error = on_error
-        self.checkpoint_dir = os.fspath(checkpoint_dir)
+        self.checkpoint_dir = os.path.abspath(checkpoint_dir)  # wherever the process goes later
         self._losses, self._loss_steps = array("d"), array("q")
         self._owner = os.getpid()
         try:
@@ -445,8 +445,10 @@ class LayerwiseCheckpointTrainer:
 
     def _progress(self) -> dict[str, Any]:
         return {
-            "losses": torch.tensor(self._losses[-HISTORY:], dtype=torch.float64),
-            "loss_steps": torch.tensor(self._loss_steps[-HISTORY:], dtype=torch.int64),
+            "losses": torch.tensor(self._losses[-HISTORY:], dtype=torch.float64, device="cpu"),
+            "loss_steps": torch.tensor(
+                self._loss_steps[-HISTORY:], dtype=torch.int64, device="cpu"
+            ),
         }
 
     # -- looking at it -----------------------------------------------------------------------------

@@ -342,6 +342,81 @@ def test_extra_state_of_modules_comes_back_as_what_it_was(directory: Path) -> No
     assert_same(fresh[1].told, other)
 
 
+class Remembering(nn.Linear):
+    """Puts into its state_dict what is no buffer: a tensor of its own and one that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.seen = torch.zeros(3)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "seen"] = self.seen
+        destination[prefix + "norm"] = self.weight.detach().norm()
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.seen = state.pop(prefix + "seen", self.seen)
+        self.told = state.pop(prefix + "norm", None)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_what_modules_add_to_their_state_dict_is_saved_as_it_is_then(directory: Path) -> None:
+    model = nn.Sequential(Remembering())
+    trainer = trained(model, directory)
+    model[0].seen = torch.ones(3)
+    take_step(trainer)
+    wanted = plain(model)
+    trainer.shutdown()
+    assert_same(load_file(saved_file(directory, 2)), wanted)
+    fresh = nn.Sequential(Remembering())
+    assert ModelRecovery(directory).load_checkpoint(fresh, "step-00000002", strict=True) == []
+    assert_same(plain(fresh), wanted)
+    assert_same(fresh[0].told, wanted["0.norm"])
+
+
+def test_a_data_parallel_model_is_saved_under_its_own_names(directory: Path) -> None:
+    model = Plain()
+    trained(nn.DataParallel(model), directory).shutdown()
+    assert_same(load_file(saved_file(directory)), plain(model))
+
+
+def test_another_default_device_or_mode_changes_nothing(directory: Path) -> None:
+    def made() -> LayerwiseCheckpointTrainer:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        return LayerwiseCheckpointTrainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            checkpoint_dir=directory,
+            save_gradients=True,
+            **LITTLE_MEMORY,
+        )
+
+    trainer = made()
+    for p in trainer.model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):  # stands for a device that is not the model's
+        trainer.step(1.5)
+        trainer.step(2.5)
+        trainer.wait()
+    with torch.inference_mode():
+        trainer.save_full_checkpoint("inferred")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        trainer.save_full_checkpoint("cast")
+    wanted, state = plain(trainer.model), trainer.optimizer.state_dict()
+    trainer.shutdown()
+    for name in ("step-00000002", "inferred", "cast"):
+        fresh = made()
+        with torch.device("meta"):
+            assert fresh.resume(name) == 2
+        assert_same(plain(fresh.model), wanted)
+        assert_same(fresh.optimizer.state_dict(), state)
+        assert fresh.loss_history == [1.5, 2.5]
+        assert all(
+            p.grad is not None and p.grad.device.type == "cpu" for p in fresh.model.parameters()
+        )
+        fresh.shutdown()
+
+
 def test_a_compiled_model_is_saved_under_its_plain_names(directory: Path) -> None:
     inner = Plain()
     inner.hidden = torch.compile(inner.hidden, backend="eager")
@@ -461,6 +536,26 @@ def test_one_layer_reads_its_own_blocks_and_no_other(directory: Path) -> None:
         recovery.load_layer(fresh, "step-00000001", "first")
     with pytest.raises(CheckpointCorrupt, match=r"model\.safetensors"):
         recovery.load_checkpoint(fresh, "step-00000001")
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 7])
+def test_one_layer_is_recovered_alone_however_many_chunks_it_straddles(
+    chunks: int, directory: Path
+) -> None:
+    model = Wide()
+    trainer = trained(model, directory, checkpoint_chunk_count=chunks, **SMALL_BLOCKS)
+    trainer.save_full_checkpoint("whole")
+    trainer.shutdown()
+    path = directory / "whole" / "model.safetensors"
+    assert path.read_bytes() == saved_file(directory).read_bytes()
+    begin, end = extent(path, "first.weight")
+    corrupt(path, (begin + end) // 2)
+    for layer in ("second", "third"):
+        fresh = Wide()
+        ModelRecovery(directory).load_layer(fresh, "whole", layer)
+        assert_same(plain(getattr(fresh, layer)), plain(getattr(model, layer)))
+    with pytest.raises(CheckpointCorrupt):
+        ModelRecovery(directory).load_layer(Wide(), "whole", "first")
 
 
 def test_one_layer_needs_no_other_file(directory: Path) -> None:

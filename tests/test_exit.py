@@ -32,7 +32,9 @@ ENDINGS = {
     "an exception": "raise ZeroDivisionError('mine')",
     "the last reference": "del trainer, step; import gc; gc.collect()",
     "a thread that still runs": "threading.Thread(target=lambda: None).start()",
-    "a forked child that ends first": "pid = os.fork()\nif pid == 0: sys.exit(0)\nos.waitpid(pid, 0)",
+    "a forked child that ends first": (
+        "pid = os.fork()\nif pid == 0: sys.exit(0)\nos.waitpid(pid, 0)"
+    ),
     "a forked child that outlives it": (
         "r, w = os.pipe()\nif os.fork() == 0:\n    os.close(w); os.read(r, 1); os._exit(0)"
     ),

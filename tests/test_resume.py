@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -38,6 +39,7 @@ from _models import (
     raw,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -324,6 +326,80 @@ def test_a_parameter_that_is_replaced_in_model_and_optimizer_is_saved_with_its_s
     assert state["step"] == 2
     assert_same(state["exp_avg"], live.base.state[live.model.hidden.weight]["exp_avg"])
     resumed.trainer.shutdown()
+
+
+def test_parametrized_layers_resume(directory: Path) -> None:
+    class Normed(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            parametrizations.weight_norm(self.out)
+            parametrizations.spectral_norm(self.hidden)
+            prune.random_unstructured(self.embed, "weight", 0.3)
+
+    assert_resumes_bit_for_bit(Program(model=Normed), directory, stops=(1, 3))
+
+
+class Rivals(nn.ModuleDict):
+    """Two models against each other, of which the first is the trainer's."""
+
+    def __init__(self) -> None:
+        super().__init__({"one": Plain(), "other": Plain()})
+
+
+def contest(live: Live, *, end: bool = False, trainer_first: bool = False) -> None:
+    one, other = live.model["one"], live.rival
+    tokens, targets = next(live.data)
+
+    def update_other() -> None:
+        live.rival_optimizer.zero_grad()
+        nn.functional.cross_entropy(other(tokens) + one(tokens).detach(), targets).backward()
+        live.rival_optimizer.step()
+
+    if not trainer_first:
+        update_other()
+    live.zero_grad()
+    live.loss = -nn.functional.cross_entropy(other(tokens) * one(tokens), targets)
+    live.loss.backward()
+    live.step()
+    if trainer_first:
+        update_other()
+    if end:
+        live.end_step()
+
+
+def contesting(within: bool) -> Callable[[Live], dict[str, Any]]:
+    def extra(live: Live) -> dict[str, Any]:
+        live.rival = live.model["other"] if within else Plain()
+        live.rival_optimizer = torch.optim.Adam(live.rival.parameters(), lr=0.02)
+        found = {"rival_optimizer": live.rival_optimizer}
+        return found if within else {**found, "rival": live.rival}
+
+    return extra
+
+
+def test_a_second_optimizer_within_the_model_resumes_where_the_trainers_comes_last(
+    directory: Path,
+) -> None:
+    program = Program(
+        model=Rivals,
+        optimizer=lambda m: torch.optim.AdamW(m["one"].parameters(), lr=0.01),
+        extra=contesting(within=True),
+        loop=contest,
+    )
+    assert_resumes_bit_for_bit(program, directory, stops=(1, 3))
+
+
+@pytest.mark.parametrize("trainer_first", [False, True])
+def test_a_second_model_and_optimizer_in_extra_resume_where_the_loop_ends_its_steps(
+    trainer_first: bool, directory: Path
+) -> None:
+    program = Program(
+        model=Rivals,
+        optimizer=lambda m: torch.optim.AdamW(m["one"].parameters(), lr=0.01),
+        extra=contesting(within=False),
+        loop=functools.partial(contest, end=True, trainer_first=trainer_first),
+    )
+    assert_resumes_bit_for_bit(program, directory, stops=(1, 3))
 
 
 def test_layers_that_are_thawed_later_resume(directory: Path) -> None:
@@ -788,6 +864,44 @@ def test_there_is_nothing_to_resume_in_a_new_directory(directory: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"step-00000009.*none"):
         live.resume("step-00000009")
     live.trainer.shutdown()
+
+
+def test_a_relative_directory_stays_where_it_was(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "elsewhere").mkdir()
+    monkeypatch.chdir(directory)
+    Live(Program(), Path("run")).run(2).trainer.shutdown()
+    live = Live(Program(), Path("run"), seed=2)
+    monkeypatch.chdir(directory / "elsewhere")
+    assert live.resume() == 2
+    live.run(3)
+    live.trainer.shutdown()
+    assert ModelRecovery(directory / "run").get_latest_checkpoint() == "step-00000003"
+    assert os.listdir(directory / "elsewhere") == []
+
+
+def test_the_newest_ten_thousand_losses_are_kept_and_come_back(directory: Path) -> None:
+    weight = nn.Linear(1, 1, bias=False)
+    weight.weight.grad = torch.zeros(1, 1)
+
+    def trainer() -> LayerwiseCheckpointTrainer:
+        return LayerwiseCheckpointTrainer(
+            weight,
+            torch.optim.SGD(weight.parameters(), lr=0.1),
+            checkpoint_dir=directory,
+            checkpoint_every=10_003,
+            **LITTLE_MEMORY,
+        )
+
+    with trainer() as first:
+        for i in range(1, 10_004):
+            first.step(i / 7)
+        assert first.loss_history == [i / 7 for i in range(4, 10_004)]
+    with trainer() as second:
+        assert second.resume() == 10_003
+        assert second.loss_history == [i / 7 for i in range(4, 10_004)]
+        assert second.step_history == list(range(4, 10_004))
 
 
 def test_a_trainer_that_was_dropped_lets_go_of_its_directory(directory: Path) -> None:

@@ -1,5 +1,5 @@
-"""A disk that is really full. Mounts a small file system in a namespace of its own: root, or a system
-that lets users make such namespaces.
+"""A disk that is really full: a small file system, mounted in a namespace of its own. Needs root,
+or a system that lets users make such namespaces.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ print(pccheck_ext.ModelRecovery(directory).get_latest_checkpoint())
 
 def in_mount_namespace(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a Python script with an 8 MiB file system at its first argument, mounted for it alone."""
-    shell = 'mount -t tmpfs -o size=8m tmpfs "$1" && shift 0 && exec "$0" -c "$SCRIPT" "$@"'
+    shell = 'mount -t tmpfs -o size=8m tmpfs "$1" && exec "$0" -c "$SCRIPT" "$@"'
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     return subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell, sys.executable]
-        + list(arguments),
+        [*unshare, "sh", "-c", shell, sys.executable, *arguments],
         env={**os.environ, "SCRIPT": script},
         capture_output=True,
         text=True,
