@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,36 @@ class _AtStep:
     model: Any  # what modules return from get_extra_state: forward may change it
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
+
+
+class _FirstGradient:
+    """Tells a saver when a backward pass is under way.
+
+    A hook on every parameter would cost a call for each in each pass. The first and the last layer
+    in update order stand for all: hardly a pass leaves out both.
+    """
+
+    def __init__(self, saver: weakref.ref[StepSaver]) -> None:
+        self._saver = saver
+        self._hooks: dict[torch.Tensor, Any] = {}
+
+    def watch(self, layers: Mapping[str, list[torch.Tensor]]) -> None:
+        trained = [[p for p in own if p.requires_grad and p.is_leaf] for own in layers.values()]
+        trained = [own for own in trained if own]
+        for parameter in [p for own in trained[:1] + trained[-1:] for p in own]:
+            if parameter not in self._hooks:
+                hook = parameter.register_post_accumulate_grad_hook(self._told)  # type: ignore[no-untyped-call]
+                self._hooks[parameter] = hook
+
+    def _told(self, _: torch.Tensor) -> None:
+        saver = self._saver()
+        if saver is not None:
+            saver.gradient_arrived()
+
+    def close(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
 
 
 @dataclass
@@ -97,6 +128,7 @@ class StepSaver:
         self._pending: tuple[_Begun, _AtStep] | None = None  # taken, not sealed
         self._gated: list[_Begun] = []  # tensors may not change yet
         self._in_flight: list[_C.Ticket] = []
+        self._arrival = _FirstGradient(weakref.ref(self))
         self.order_source = "given"
         self._order: GradientOrder | None = None
         if not order_is_given:
@@ -215,6 +247,7 @@ class StepSaver:
 
     def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> _Begun | None:
         plan = self._whole_plan if whole else self._plan
+        self._arrival.watch(self.optimizer.layers)
         if plan is None or not plan.still_fits(self.optimizer) or not plan.has_all_tensors():
             plan = _plan.make_plan(
                 self.model,
@@ -442,10 +475,29 @@ class StepSaver:
                 return False
         return True
 
+    def gradient_arrived(self) -> None:
+        """The next backward pass is under way: the loop has done what belongs to the step.
+
+        Sealing waits no longer, for this iteration may end without a step of the optimizer, when
+        a gradient scaler or the loop itself skips it, and what is in `extra` moves on all the same.
+        """
+        if self._pending is not None:
+            start = time.perf_counter()
+            try:
+                self.seal()
+            finally:
+                self.stall_s += time.perf_counter() - start
+
+    def wait_sealed(self) -> None:
+        pending = self._pending[0].ticket if self._pending is not None else None
+        for ticket in [ticket for ticket in self._in_flight if ticket is not pending]:
+            ticket.wait()
+
     def close(self) -> None:
         """Let go of the model: no gate is needed any more once nothing is in flight."""
         self._abandon_begun("the trainer was shut down")
         self._gated.clear()
+        self._arrival.close()
         if self._order is not None:
             self._order.close()
             self._order = None

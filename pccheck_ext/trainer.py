@@ -50,10 +50,12 @@ class LayerwiseCheckpointTrainer:
     A checkpoint of step s holds model (parameters, buffers), optimizer, `extra`, RNG states, step
     and loss history, all as of step s. Objects in `extra` that are data positions (iterable, or
     with loader, data or sampler in their name) and RNG states are read in `step()`; everything else
-    when the step is sealed: by the next `step()`, `end_step()`, `wait()` or `shutdown()`. So the
-    loop may call ``scheduler.step()`` and ``scaler.update()`` after `step()` and fetch the next
-    batch before the next forward. Where it draws random numbers in between (an evaluation through
-    a DataLoader does), `end_step()` at its end makes RNG and data positions be read there again.
+    when the step is sealed: by the next backward pass or `step()`, by `end_step()`, `wait()` or
+    `shutdown()`, whichever comes first. So the loop may call ``scheduler.step()`` and
+    ``scaler.update()`` after `step()` and fetch the next batch before the next forward. Where it
+    draws random numbers in between (an evaluation through a DataLoader does), or runs another
+    backward pass over these parameters before it calls ``scheduler.step()``, it says with
+    `end_step()` where a step ends: RNG and data positions are read there again.
 
     Args:
         model: The module that is trained; inside DistributedDataParallel or torch.compile too.
@@ -243,7 +245,8 @@ class LayerwiseCheckpointTrainer:
         if self._gradient_watch is not None:
             self._gradient_watch.step_taken()
         if self.wait_for_chunks:
-            self.wait()
+            # This step's own is sealed later, when the loop has done what belongs to it.
+            self._saver.wait_sealed()
 
     def zero_grad(self) -> None:
         """Clear the gradients, as the optimizer's own ``zero_grad`` does."""
@@ -279,6 +282,8 @@ class LayerwiseCheckpointTrainer:
         RNG states and data positions are read again, now.
         """
         self._saver.seal(reread=True)
+        if self.wait_for_chunks:
+            self.wait()
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -445,10 +450,8 @@ class LayerwiseCheckpointTrainer:
 
     def _progress(self) -> dict[str, Any]:
         return {
-            "losses": torch.tensor(self._losses[-HISTORY:], dtype=torch.float64, device="cpu"),
-            "loss_steps": torch.tensor(
-                self._loss_steps[-HISTORY:], dtype=torch.int64, device="cpu"
-            ),
+            "losses": _newest(self._losses, torch.float64),
+            "loss_steps": _newest(self._loss_steps, torch.int64),
         }
 
     # -- looking at it -----------------------------------------------------------------------------
@@ -522,6 +525,13 @@ class _SurvivingGradients:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _newest(history: array[Any], dtype: torch.dtype) -> torch.Tensor:
+    """A copy of the end of the history, without a Python object for each entry."""
+    if not history:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(history, dtype=dtype)[-HISTORY:].clone()
 
 
 def _gate_hook(saver: weakref.ref[StepSaver]) -> Callable[..., None]:

@@ -268,7 +268,7 @@ def quantized() -> Tensor:
     return torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
 
 
-@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:Sparse CSR")
 @pytest.mark.parametrize(
     "make",
     [

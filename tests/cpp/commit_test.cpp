@@ -54,8 +54,9 @@ TEST(Commit, AFileIsSyncedAfterItsLastWriteEvenWhenWritersOverlap) {
   HandRun hands(16, kBlockBytes, copier, 1);
   int depth = 0, deepest = 0;
   disk.before = [&](const Operation& operation) {
-    if (is_publication(operation))
+    if (is_publication(operation)) {
       EXPECT_EQ(disk.unsynced(operation.path), std::vector<std::string>{});
+    }
     if (operation.call != "pwrite" || !operation.path.ends_with(".safetensors")) return;
     deepest = std::max(deepest, ++depth);
     hands.writers.run_one();  // another writer overtakes this one
