@@ -120,16 +120,19 @@ bool Checkpoint::wait_all_staged(Clock::time_point until) const {
 }
 
 void Checkpoint::open_gate(size_t layer) {
-  std::string moved;
   {
-    // Under the lock: the committer reads the same watch before it publishes.
+    // The committer reads the same watch before it publishes: what was found here has to be known
+    // before it can look.
     const std::lock_guard lock(mutex_);
     if (layer >= handed_over_.size() || !handed_over_[layer]) return;
     const SourceWatch* watch = std::exchange(handed_over_[layer]->watch, nullptr);
-    if (watch == nullptr || error_ || state_ != State::in_flight) return;
-    moved = watch->changed();
+    if (watch == nullptr || error_ || publishing_ || state_ != State::in_flight) return;
+    const std::string moved = watch->changed();
+    if (moved.empty()) return;
+    error_ = std::make_exception_ptr(std::runtime_error(moved));
   }
-  if (!moved.empty()) fail(std::make_exception_ptr(std::runtime_error(moved)));
+  progress_.notify_all();
+  changed_();
 }
 
 void Checkpoint::begin_publishing() {

@@ -35,7 +35,7 @@ struct Source {
 };
 
 // The tripwire over a layer's tensors: tells whether one of them was changed between hand-over and
-// the opening of the gate. Called on any thread, never waits.
+// the opening of the gate. Called on any thread, and under the checkpoint's lock.
 class SourceWatch {
  public:
   virtual ~SourceWatch() = default;

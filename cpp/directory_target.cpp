@@ -74,7 +74,7 @@ class DirectoryTarget final : public Target {
 
   std::unique_ptr<File> write_small(const std::string& name, std::span<const std::byte> bytes) {
     std::unique_ptr<File> file = reuse_or_create(name);
-    file->allocate(bytes.size());
+    if (file->size_bytes() != bytes.size()) file->allocate(bytes.size());
     file->pwrite(bytes, 0);
     return file;
   }

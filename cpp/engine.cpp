@@ -32,11 +32,15 @@ Engine::Engine(EngineOptions options, std::unique_ptr<Copier> copier,
 }
 
 Engine::~Engine() {
+  abandon_unsealed();
+  wait_idle(Clock::time_point::max());
+  threads_.clear();
+}
+
+void Engine::abandon_unsealed() {
   if (newest_ && newest_->awaits_seal())
     newest_->fail(std::make_exception_ptr(
         std::runtime_error("checkpoint " + newest_->name() + " was never sealed")));
-  wait_idle(Clock::time_point::max());
-  threads_.clear();
 }
 
 bool Engine::wait_room(Clock::time_point until) const {

@@ -50,6 +50,9 @@ class Engine {
                                     std::shared_ptr<const Layout> layout,
                                     std::unique_ptr<Target> target);
 
+  // Fails the checkpoint that was begun last if it was never sealed; nobody may wait for it then.
+  void abandon_unsealed();
+
   bool wait_idle(Clock::time_point until) const;  // nothing in flight
 
   size_t in_flight() const { return committer_.in_flight(); }

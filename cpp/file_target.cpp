@@ -69,15 +69,22 @@ class FileTarget final : public Target {
 }  // namespace
 
 std::unique_ptr<Target> make_file_target(const std::string& path) {
-  // Several saves of one process to one path do not meet under one temporary name. Relaxed: only
-  // uniqueness counts.
-  static std::atomic<uint64_t> saves = 0;
   const std::string name = name_of(path);
-  std::unique_ptr<Directory> directory = open_posix_directory(parent_of(path), false);
+  return make_file_target(open_posix_directory(parent_of(path), false), name);
+}
+
+std::unique_ptr<Target> make_file_target(std::unique_ptr<Directory> directory,
+                                         const std::string& name) {
+  // Saves to one path, of this process and of others, do not meet under one temporary name.
+  // Relaxed: only uniqueness counts.
+  static std::atomic<uint64_t> saves = 0;
   std::string temporary;
   do {
     temporary =
         name + "." + std::to_string(saves.fetch_add(1, std::memory_order_relaxed)) + kPartialSuffix;
+    // One that nobody has open was left by a process that was killed.
+    if (directory->exists(temporary) && directory->reuse_file(temporary))
+      directory->remove_file(temporary);
   } while (directory->exists(temporary));
   return std::make_unique<FileTarget>(std::move(directory), name, std::move(temporary));
 }

@@ -15,6 +15,8 @@ namespace pccheck {
 // Written under a temporary name beside `path`, published by a rename that replaces what was there,
 // as a whole.
 std::unique_ptr<Target> make_file_target(const std::string& path);
+std::unique_ptr<Target> make_file_target(std::unique_ptr<Directory> directory,
+                                         const std::string& name);
 
 class SealedFile {
  public:

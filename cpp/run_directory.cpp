@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 #include <system_error>
 #include <thread>
 
@@ -128,30 +129,39 @@ void RunDirectory::retire() {
   if (options_.keep_last == 0 || committed_.size() <= options_.keep_last) return;
   size_t excess = committed_.size() - options_.keep_last;
   std::vector<Spare> retired;
+  std::exception_ptr odd;
   for (auto step = committed_.begin(); excess > 0; --excess) {
     const std::string name = name_of_step(*step);
-    if (!directory_->exists(name)) {  // removed by the user
-      step = committed_.erase(step);
-      continue;
+    try {
+      std::unique_ptr<Directory> old = retire_one(name);
+      if (!old) {  // somebody reads it: the next call tries again
+        ++step;
+        continue;
+      }
+      retired.push_back({name + kPartialSuffix, std::move(old)});
+    } catch (const std::exception&) {
+      // Removed, or replaced by something else: no checkpoint of ours any more. Told of, once.
+      if (directory_->exists(name) && !odd) odd = std::current_exception();
     }
-    std::unique_ptr<Directory> old = directory_->open_directory(name);
-    if (!holds_only_checkpoint_files(*old) || !old->try_lock(LockMode::exclusive)) {
-      ++step;
-      continue;
-    }
-    directory_->rename(name, name + kPartialSuffix);
-    retired.push_back({name + kPartialSuffix, std::move(old)});
     step = committed_.erase(step);
   }
-  if (retired.empty()) return;
   // Before a byte of them is overwritten, no crash may bring their names back.
-  directory_->sync();
+  if (!retired.empty()) directory_->sync();
   for (Spare& spare : retired) {
     if (spares_.size() < options_.max_spares)
       spares_.push_back(std::move(spare));
     else
       remove_tree(*directory_, spare.name);
   }
+  if (odd) std::rethrow_exception(odd);
+}
+
+// Null while a reader has it locked.
+std::unique_ptr<Directory> RunDirectory::retire_one(const std::string& name) {
+  std::unique_ptr<Directory> old = directory_->open_directory(name);
+  if (!holds_only_checkpoint_files(*old) || !old->try_lock(LockMode::exclusive)) return nullptr;
+  directory_->rename(name, name + kPartialSuffix);
+  return old;
 }
 
 std::optional<uint64_t> RunDirectory::sealed_step(const std::string& name) {
@@ -185,8 +195,14 @@ std::vector<std::string> RunDirectory::set_aside_after(uint64_t step) {
 
 void RunDirectory::remove_spares() {
   const std::lock_guard lock(mutex_);
-  for (const Spare& spare : spares_) remove_tree(*directory_, spare.name);
+  std::exception_ptr failed;
+  for (const Spare& spare : spares_) try {
+      remove_tree(*directory_, spare.name);
+    } catch (const std::exception&) {
+      if (!failed) failed = std::current_exception();
+    }
   spares_.clear();
+  if (failed) std::rethrow_exception(failed);
 }
 
 std::unique_ptr<RunDirectory> open_run_directory(const std::string& path,

@@ -60,13 +60,15 @@ class RunDirectory {
   void discard(const std::string& name);
 
   // Retires steps beyond keep_last, oldest first; those a reader has locked wait for the next call.
+  // Throws, when it is done with the others, what kept it from retiring one.
   void retire();
 
   // Training goes on from `step`: checkpoints of later steps are left aside as `.stale`. Returns
   // their names.
   std::vector<std::string> set_aside_after(uint64_t step);
 
-  // Removes what waits to be recycled; nothing is left but checkpoints.
+  // Removes what waits to be recycled; nothing is left but checkpoints. Throws, at the end, what
+  // kept it from removing one.
   void remove_spares();
 
  private:
@@ -76,6 +78,7 @@ class RunDirectory {
   };
 
   void reclaim(const std::string& name);
+  std::unique_ptr<Directory> retire_one(const std::string& name);
   void set_aside(const std::string& name);
   std::optional<uint64_t> sealed_step(const std::string& name);
 

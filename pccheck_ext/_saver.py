@@ -2,7 +2,8 @@
 
 Step s is begun before its first layer is updated, each layer is handed over once it has been, and
 the step is sealed when the loop has done what belongs to it (see `StepSaver.seal`). Everything here
-runs on the training thread; the time it takes is the stall.
+runs while the training thread waits for it, on that thread or, called by a gradient's hook, on
+autograd's; the time it takes is the stall.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class StepSaver:
         self.progress = progress
         self.config = config
         self.run_id = os.urandom(16)
+        self._owner = os.getpid()
         self.step = 0
         self.skip_next = False
         self.stall_s = 0.0
@@ -128,6 +130,7 @@ class StepSaver:
         self._pending: tuple[_Begun, _AtStep] | None = None  # taken, not sealed
         self._gated: list[_Begun] = []  # tensors may not change yet
         self._in_flight: list[_C.Ticket] = []
+        self._dropped: list[_C.Ticket] = []  # given up, and perhaps not cleared away yet
         self._arrival = _FirstGradient(weakref.ref(self))
         self.order_source = "given"
         self._order: GradientOrder | None = None
@@ -137,7 +140,8 @@ class StepSaver:
     # -- StepObserver ------------------------------------------------------------------------------
 
     def before_step(self) -> bool:
-        if self._pending is None and not self._in_flight and not self._is_due():
+        idle = self._pending is None and not self._in_flight and not self._dropped
+        if idle and not self._is_due():
             return False  # most steps, where few are saved: nothing to look after
         start = time.perf_counter()
         try:
@@ -164,8 +168,8 @@ class StepSaver:
                 begun.ticket.open_all_gates()
             else:
                 begun.ticket.open_gate(index)
-        if layer is None:
-            self._gated.clear()
+        if layer is None:  # one that is still being handed over has gates to come
+            self._gated = [begun for begun in self._gated if begun is self._begun]
         self.stall_s += time.perf_counter() - start
 
     def after_layer(self, layer: str) -> None:
@@ -266,7 +270,7 @@ class StepSaver:
 
     def _begin(self, name: str, step: int, plan: SavePlan) -> _Begun | None:
         """None where the checkpoint cannot be begun and `on_error` lets training go on."""
-        for older in self._in_flight:
+        for older in [*self._in_flight, *self._dropped]:
             if older.name == name:
                 older.wait()  # an attempt at the same name that failed: let it clear its files away
         try:
@@ -311,9 +315,9 @@ class StepSaver:
     def _give_up(self, begun: _Begun, reason: str) -> None:
         """Drop a checkpoint that cannot be finished; whoever calls tells, if it has to be told."""
         begun.ticket.abandon(reason)
-        begun.ticket.wait()
-        self.given_up += 1
         begun.ticket.open_all_gates()
+        self.given_up += 1
+        self._dropped.append(begun.ticket)
         self._in_flight = [ticket for ticket in self._in_flight if ticket is not begun.ticket]
         self._gated = [other for other in self._gated if other is not begun]
 
@@ -351,15 +355,17 @@ class StepSaver:
             tensors = dict(at_step.tensors)
             manifest = self._manifest(begun, at_step, tensors)
             layout, described = _plan.plan_extra(tensors, self.block_bytes)
+            owned = [
+                tensor if name in at_step.tensors else tensor.detach().clone()
+                for name, tensor in tensors.items()
+            ]
+            text = _codec.dumps(manifest | {"extra_tensors": described})
+            # Of a size that seldom changes: a file that keeps its size is synced without a journal.
+            begun.ticket.seal(text.ljust(-len(text) // 4096 * -4096), layout, owned)
         except BaseException as error:
             # Or it would be in flight for ever, and with it whatever waits for it.
             self._give_up(begun, f"{type(error).__name__}: {error}")
             raise
-        owned = [
-            tensor if name in at_step.tensors else tensor.detach().clone()
-            for name, tensor in tensors.items()
-        ]
-        begun.ticket.seal(_codec.dumps(manifest | {"extra_tensors": described}), layout, owned)
 
     def _manifest(
         self, begun: _Begun, at_step: _AtStep, tensors: dict[str, torch.Tensor]
@@ -416,7 +422,10 @@ class StepSaver:
 
     def gate_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """The step pre-hook of every optimizer there is: opens the gates if it owns anything."""
-        if optimizer is self.optimizer or self.optimizer.stepping:
+        own = optimizer is self.optimizer or (
+            optimizer is self.optimizer.base_optimizer and self.optimizer.stepping
+        )
+        if own or os.getpid() != self._owner:
             return
         if self._pending is None and not self._gated:
             return
@@ -446,6 +455,9 @@ class StepSaver:
             elif ticket.in_flight():
                 still.append(ticket)
         self._in_flight = still
+        self._dropped = [ticket for ticket in self._dropped if ticket.in_flight()]
+        if self.session.is_open:
+            self.session.reap()
         for ticket, _, _ in failed:
             self._gated = [begun for begun in self._gated if begun.ticket is not ticket]
             if self._pending is not None and self._pending[0].ticket is ticket:
@@ -469,7 +481,7 @@ class StepSaver:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for what is in flight. False when the time has passed first."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        for ticket in list(self._in_flight):
+        for ticket in [*self._in_flight, *self._dropped]:
             left = None if until is None else max(0.0, until - time.monotonic())
             if not ticket.wait(left):
                 return False
@@ -481,7 +493,7 @@ class StepSaver:
         Sealing waits no longer, for this iteration may end without a step of the optimizer, when
         a gradient scaler or the loop itself skips it, and what is in `extra` moves on all the same.
         """
-        if self._pending is not None:
+        if self._pending is not None and os.getpid() == self._owner:
             start = time.perf_counter()
             try:
                 self.seal()

@@ -29,8 +29,11 @@ class ModelRecovery:
     def get_latest_checkpoint(self) -> str | None:
         """Id of the checkpoint of the highest step that verifies, or None. Reads it all."""
         for _, name in _restore.newest_first(self.directory):
-            if self.verify(name):
-                return name
+            try:
+                if self.verify(name):
+                    return name
+            except FileNotFoundError:  # retired meanwhile, by its writer
+                continue
         return None
 
     def verify(self, checkpoint_id: str) -> bool:

@@ -334,8 +334,12 @@ class LayerwiseCheckpointTrainer:
             self._saver.close()
             self.optimizer._observer = None
             self._last_stats = self.stats()
-            self._session.close()
             _exit.forget(self)
+            complaint = self._session.close()
+            if complaint:
+                warnings.warn(
+                    f"clearing up after checkpoints: {complaint}", RuntimeWarning, stacklevel=2
+                )
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
@@ -472,7 +476,8 @@ class LayerwiseCheckpointTrainer:
         saved = self._saver.steps_saved
         total = stats.pop("durable_s_total")
         stats["durable_s_mean"] = total / committed if committed else math.nan
-        stats["checkpoints_failed"] -= self._saver.given_up
+        failed = stats["checkpoints_failed"] - self._saver.given_up
+        stats["checkpoints_failed"] = max(0, failed)  # those given up may not have ended yet
         stats["stall_s"] = self._saver.stall_s
         stats["stall_per_checkpoint_s"] = self._saver.stall_s / saved if saved else math.nan
         stats["lag_steps"] = self.training_step - stats["last_committed_step"]

@@ -190,7 +190,7 @@ void bind_save(py::module_& module) {
           py::arg("name"), py::arg("step"), py::arg("run_id"), py::arg("save_id"),
           py::arg("layout"), py::keep_alive<0, 1>())
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
-      .def("close", &Session::close, py::arg("timeout_s") = std::nullopt)
+      .def("close", &Session::close)
       .def_property_readonly("is_open", &Session::is_open)
       .def_property_readonly("path", &Session::path)
       .def("reap", &Session::reap)

@@ -35,19 +35,21 @@ constexpr size_t kMaxInFlight = 4;
 class Savers {
  public:
   static Savers& instance() {
-    static std::mutex making;
-    static std::unique_ptr<Savers> savers;
+    // Never destroyed, as close_chunks() ends it: at the exit of a forked child its threads, which
+    // the destructors would wait for, do not exist.
+    static std::mutex& making = *std::make_unique<std::mutex>().release();
+    static Savers* savers = nullptr;
     static pid_t owner = 0;
     const std::lock_guard lock(making);
     if (owner != ::getpid()) {
-      (void)savers.release();
-      savers = std::make_unique<Savers>();
+      savers = std::make_unique<Savers>().release();
       owner = ::getpid();
     }
     return *savers;
   }
 
-  std::mutex mutex;  // one save begins at a time; held while it waits for room and for staging
+  std::mutex mutex;  // one save begins at a time; held while it waits for room and for staging,
+                     // never together with the interpreter's lock
   std::map<int64_t, std::shared_ptr<Checkpoint>> saves;  // in flight, or failed and not waited for
   int64_t last_ticket = 0;
 
@@ -64,6 +66,11 @@ class Savers {
     std::erase_if(saves, [](const auto& save) {
       return save.second->state() == Checkpoint::State::committed;
     });
+  }
+
+  void forget(int64_t ticket) {
+    const std::lock_guard lock(mutex);
+    saves.erase(ticket);
   }
 
   void close() { engines_.clear(); }
@@ -126,7 +133,7 @@ int64_t save_chunks(const std::vector<at::Tensor>& tensors, const std::vector<st
   const std::shared_ptr<const Layout> layout = layout_of(tensors, names, chunk_count);
 
   Savers& savers = Savers::instance();
-  const std::lock_guard lock(savers.mutex);
+  std::unique_lock lock(savers.mutex);
   Engine& engine = savers.engine(device);
   savers.forget_committed();
   engine.wait_room(Clock::time_point::max());
@@ -144,9 +151,13 @@ int64_t save_chunks(const std::vector<at::Tensor>& tensors, const std::vector<st
   save->seal({}, std::nullopt);
   // Nothing gates these tensors, so they are read before the caller can change them.
   save->wait_all_staged(Clock::time_point::max());
-  if (wait) save->wait_finished(Clock::time_point::max());
-  if (wait && save->state() == Checkpoint::State::failed) raise_failure(*save);
   savers.saves.emplace(ticket, save);
+  lock.unlock();
+  if (wait) save->wait_finished(Clock::time_point::max());
+  if (wait && save->state() == Checkpoint::State::failed) {
+    savers.forget(ticket);
+    raise_failure(*save);
+  }
   return ticket;
 } catch (const std::system_error& error) {
   throw OperatorOsError(error);
@@ -196,6 +207,7 @@ bool wait_chunks(int64_t ticket, std::optional<double> timeout_s) {
   Savers& savers = Savers::instance();
   std::shared_ptr<Checkpoint> save;
   {
+    const pybind11::gil_scoped_release release;
     const std::lock_guard lock(savers.mutex);
     if (ticket <= 0 || ticket > savers.last_ticket)
       throw std::invalid_argument("save_chunks has issued no ticket " + std::to_string(ticket));
@@ -207,8 +219,8 @@ bool wait_chunks(int64_t ticket, std::optional<double> timeout_s) {
                           timeout_s))
     return false;
   {
-    const std::lock_guard lock(savers.mutex);
-    savers.saves.erase(ticket);
+    const pybind11::gil_scoped_release release;
+    savers.forget(ticket);
   }
   if (save->state() == Checkpoint::State::failed) raise_failure(*save);
   return true;

@@ -184,20 +184,23 @@ void Session::reap() {
   std::erase_if(tickets_, [](const auto& ticket) { return ticket->may_be_dropped(); });
 }
 
-bool Session::close(std::optional<double> timeout_s) {
-  if (!engine_) return true;
+std::optional<std::string> Session::close() {
+  if (!engine_) return std::nullopt;
   Engine& engine = this->engine();
-  if (!wait_interruptibly([&](Clock::time_point until) { return engine.wait_idle(until); },
-                          timeout_s))
-    return false;
+  engine.abandon_unsealed();
+  wait_interruptibly([&](Clock::time_point until) { return engine.wait_idle(until); });
   {
     const pybind11::gil_scoped_release release;
     engine_.reset();
   }
   tickets_.clear();
-  run_->remove_spares();
-  run_.reset();
-  return true;
+  const std::shared_ptr<RunDirectory> run = std::move(run_);
+  try {
+    run->remove_spares();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return std::nullopt;
 }
 
 }  // namespace pccheck::python

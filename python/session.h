@@ -93,9 +93,9 @@ class Session {
                                 std::shared_ptr<const Layout> layout);
   std::vector<std::string> set_aside_after(uint64_t step);
 
-  // Finishes what was sealed, leaves nothing behind. False when `timeout_s` has passed first; then
-  // the session is still open.
-  bool close(std::optional<double> timeout_s);
+  // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
+  // returned, not thrown: nothing was lost by it.
+  std::optional<std::string> close();
   bool is_open() const { return engine_ != nullptr; }
 
   Engine& engine();  // throws when closed, or in a forked child

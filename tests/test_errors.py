@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,24 @@ def test_extra_state_that_cannot_be_encoded_names_its_path_and_training_can_go_o
     assert pccheck_ext.ModelRecovery(tmp_path / "run").list_checkpoints() == ["step-00000002"]
 
 
+def test_a_seal_that_fails_halfway_costs_that_checkpoint_and_hangs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    take_step(trainer)
+
+    def out_of_memory(node: object) -> bytes:
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr("pccheck_ext._codec.dumps", out_of_memory)
+    with pytest.raises(MemoryError):
+        trainer.end_step()
+    take_step(trainer)
+    trainer.shutdown()
+    assert pccheck_ext.ModelRecovery(tmp_path / "run").list_checkpoints() == ["step-00000002"]
+
+
 # -- the disk --------------------------------------------------------------------------------------
 
 
@@ -244,6 +263,60 @@ def test_a_directory_removed_under_way_fails_the_checkpoint_by_path(tmp_path: Pa
     assert trainer.training_step == before + 1
     with pytest.raises(CheckpointError, match="step-00000003"):
         trainer.shutdown()
+
+
+def test_a_directory_removed_with_retired_checkpoints_in_it_is_let_go_of(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    trainer = make_trainer(directory, on_error="warn", keep_last=1)
+    for _ in range(4):
+        take_step(trainer)
+        trainer.wait()
+    until = time.monotonic() + 30
+    while sorted(os.listdir(directory)) != [".lock", "step-00000003.partial", "step-00000004"]:
+        assert time.monotonic() < until, os.listdir(directory)  # retired behind our back
+    shutil.rmtree(directory)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.shutdown()
+    assert any("clearing up after checkpoints" in str(w.message) for w in caught)
+    with make_trainer(directory, lock_timeout_s=0.1) as next_one:
+        take_step(next_one)
+
+
+def test_a_checkpoint_replaced_by_a_link_is_told_of_once_and_the_others_are_retired(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "run"
+    trainer = make_trainer(directory, keep_last=2)
+    take_step(trainer)
+    take_step(trainer)
+    trainer.wait()
+    (directory / "step-00000001").rename(tmp_path / "archived")
+    (directory / "step-00000001").symlink_to(tmp_path / "archived")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            take_step(trainer)
+            trainer.wait()
+        trainer.shutdown()
+    told = [str(w.message) for w in caught if "clearing up" in str(w.message)]
+    assert len(told) == 1
+    assert "step-00000001" in told[0]
+    kept = {"step-00000001", "step-00000006", "step-00000007"}
+    assert set(os.listdir(directory)) == {".lock"} | kept
+    assert (tmp_path / "archived" / "manifest.json").exists()
+
+
+def test_what_a_killed_saving_operator_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / "one.safetensors.0.partial"  # where the first save of a process writes
+    left.write_bytes(b"half")
+    script = (
+        "import sys, torch, pccheck_ext\n"
+        "torch.ops.pccheck.save_chunks([torch.ones(3)], ['a'], sys.argv[1], 0, True)\n"
+    )
+    path = str(tmp_path / "one.safetensors")
+    subprocess.run([sys.executable, "-c", script, path], check=True, timeout=120)
+    assert os.listdir(tmp_path) == ["one.safetensors"]
 
 
 def test_a_second_process_on_the_same_directory_waits_and_then_is_told_who_holds_it(

@@ -38,6 +38,11 @@ ENDINGS = {
     "a forked child that outlives it": (
         "r, w = os.pipe()\nif os.fork() == 0:\n    os.close(w); os.read(r, 1); os._exit(0)"
     ),
+    "a forked child that ends while an operator saves": (
+        "torch.ops.pccheck.save_chunks([torch.ones(1 << 24)], ['t'],"
+        " sys.argv[1] + '/one.safetensors')\n"
+        "pid = os.fork()\nif pid == 0: sys.exit(0)\nos.waitpid(pid, 0)"
+    ),
     "a saving operator's ticket nobody waited for": (
         "torch.ops.pccheck.save_chunks([torch.ones(9)], ['t'], sys.argv[1] + '/one.safetensors')"
     ),
@@ -96,6 +101,20 @@ def test_a_forked_child_is_told_that_it_cannot_save(tmp_path: Path) -> None:
     done = run(script, tmp_path)
     assert "which this one was forked from" in done.stdout, done.stderr
     assert pccheck_ext.ModelRecovery(tmp_path).get_latest_checkpoint() == "step-00000003"
+
+
+def test_a_forked_child_may_use_the_model(tmp_path: Path) -> None:
+    script = START + (
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    model(torch.ones(1, 64)).sum().backward()\n"
+        "    torch.optim.SGD(model.parameters()).step()\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = run(script, tmp_path)
+    assert done.stdout == "7\n", done.stderr
+    assert pccheck_ext.ModelRecovery(tmp_path).get_latest_checkpoint() == "step-00000002"
 
 
 def test_the_lock_is_free_although_a_forked_child_of_a_killed_trainer_lives_on(

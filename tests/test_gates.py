@@ -182,9 +182,23 @@ def by_another_optimizer(held: Held) -> None:
     torch.optim.SGD([held.model.hidden.weight], lr=1.0).step()
 
 
+def by_another_optimizer_in_the_closure(held: Held) -> None:
+    def closure() -> None:
+        by_another_optimizer(held)
+
+    held.trainer.optimizer.step(closure)
+
+
 @pytest.mark.parametrize(
     ("change", "every"),
-    [(by_layer, 1), (whole, 2), (by_the_base, 1), (by_another_optimizer, 1), (by_the_base, 2)],
+    [
+        (by_layer, 1),
+        (whole, 2),
+        (by_the_base, 1),
+        (by_the_base, 2),
+        (by_another_optimizer, 1),
+        (by_another_optimizer_in_the_closure, 1),
+    ],
 )
 def test_nothing_is_updated_before_it_is_staged(
     change: Callable[[Held], None], every: int, held: Callable[..., Held]

@@ -308,6 +308,7 @@ TEST(Commit, AnUnknownOutcomeStopsEverythingThatWouldFollow) {
   const Ticket unknown = begin_whole(hands, disk, 1, state);
   const Ticket next = begin_whole(hands, disk, 2, state);
   hands.run();
+  ASSERT_TRUE(unknown->error() && next->error());
   EXPECT_EQ(unknown->state(), failed);
   EXPECT_THROW(std::rethrow_exception(unknown->error()), OutcomeUnknown);
   EXPECT_EQ(next->state(), failed);

@@ -101,7 +101,8 @@ TEST(Engine, WhoFindsItIdleFindsEveryTicketEnded) {
   World world(2, 1, 1);
   for (uint64_t step = 1; step <= 300; ++step) {
     const Ticket ticket = world.save(step, state);
-    ASSERT_TRUE(world.engine->wait_idle(in_a_minute()));
+    while (world.engine->in_flight() > 0) {  // no waiting: the very first moment counts
+    }
     ASSERT_EQ(ticket->state(), committed) << text_of(ticket->error());
     ASSERT_EQ(world.engine->counts().committed, step);
   }

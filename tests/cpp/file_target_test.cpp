@@ -2,8 +2,8 @@
 #include "cpp/file_target.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
-
+#include <cerrno>
+#include <optional>
 #include <system_error>
 
 #include "cpp/host_copier.h"
@@ -121,6 +121,68 @@ TEST_F(FileTarget, WhatWasThereIsReplacedAsAWhole) {
   EXPECT_EQ(ticket->state(), committed);
   expect_reads_as(path, after);
   EXPECT_EQ(names_in(temp.path()), std::vector<std::string>{"model.safetensors"});
+}
+
+TEST_F(FileTarget, NothingIsVisibleBeforeItIsDurableNorAcknowledgedBeforeItsNameIs) {
+  MemoryDisk disk;
+  int replaced = 0, acknowledged = 0;
+  disk.before = [&](const Operation& operation) {
+    if (operation.call != "replace") return;
+    ++replaced;
+    EXPECT_EQ(disk.unsynced(operation.path), std::vector<std::string>{});
+  };
+  const State first = make_state(1), second = make_state(2);
+  for (const State* state : {&first, &second}) {
+    const Ticket ticket =
+        hands.begin(1, state->layout, make_file_target(disk.root(), "model.safetensors"),
+                    [&](Checkpoint::State ended) {
+                      ++acknowledged;
+                      EXPECT_EQ(ended, committed);
+                      EXPECT_EQ(disk.unsynced(MemoryDisk::kRoot), std::vector<std::string>{});
+                    });
+    hand_over_all(*ticket, *state);
+    ticket->seal({}, std::nullopt);
+    hands.run();
+  }
+  EXPECT_EQ(replaced, 2);
+  EXPECT_EQ(acknowledged, 2);
+}
+
+TEST_F(FileTarget, AFailureAtAnyOperationLeavesTheFileThatWasThereOrTheNewOneWhole) {
+  const State before = make_state(1), after = make_state(2);
+  for (size_t index = 0;; ++index) {
+    SCOPED_TRACE("operation " + std::to_string(index));
+    MemoryDisk disk;
+    disk.put("/disk/model.safetensors", before.file(0));
+    std::optional<Operation> hit;
+    disk.before = [&](const Operation& operation) {
+      if (hit || disk.operations() != index + 1) return;
+      hit = operation;
+      fail_operation(operation, ENOSPC);
+    };
+    Ticket ticket;
+    try {
+      ticket = hands.begin(1, after.layout, make_file_target(disk.root(), "model.safetensors"));
+    } catch (const std::system_error&) {
+      continue;  // nothing has begun
+    }
+    hand_over_all(*ticket, after);
+    ticket->seal({}, std::nullopt);
+    hands.run();
+    if (!hit) {
+      ASSERT_EQ(ticket->state(), committed) << text_of(ticket->error());
+      EXPECT_GT(index, 8u);
+      break;
+    }
+    ASSERT_EQ(ticket->state(), failed);
+    EXPECT_EQ(disk.names(MemoryDisk::kRoot), std::vector<std::string>{"model.safetensors"});
+    if (hit->call == "sync") {
+      EXPECT_THROW(std::rethrow_exception(ticket->error()), OutcomeUnknown);
+      break;  // the last operation: nothing may follow
+    }
+    EXPECT_EQ(disk.contents("/disk/model.safetensors"), before.file(0));
+    EXPECT_EQ(hands.pool.free_slots(), hands.pool.slot_count());
+  }
 }
 
 TEST_F(FileTarget, TwoSavesToOnePathDoNotMeet) {

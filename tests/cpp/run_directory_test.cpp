@@ -263,7 +263,7 @@ TEST_F(RunDirectoryOnDisk, AFileSizeLimitFailsTheCheckpointWithItsPathAndTheNext
   {
     const FileSizeLimit limit(8 << 10);
     const Ticket ticket = save(hands, run, 2, state);
-    EXPECT_EQ(ticket->state(), failed);
+    ASSERT_EQ(ticket->state(), failed);
     EXPECT_NE(text_of(ticket->error()).find(run.path(2)), std::string::npos);
     EXPECT_THROW(std::rethrow_exception(ticket->error()), std::system_error);
   }
