@@ -153,10 +153,13 @@ cuda-check: $(cuda_stamp)
 	  pyproject.toml README.md LICENSE cpp cuda python pccheck_ext | tar -x -C $(cuda_copy)
 	PCCHECK_CUDA=1 PCCHECK_WERROR=1 .venv-cuda/bin/python -m pip install --no-build-isolation \
 	  --force-reinstall --no-deps ./$(cuda_copy)
-	.venv-cuda/bin/python -m pip install --quiet numpy
+	.venv-cuda/bin/python -m pip install --quiet numpy pytest safetensors
 	cd / && '$(CURDIR)/.venv-cuda/bin/python' -c 'import pccheck_ext, torch; \
 	  assert pccheck_ext.built_with_cuda; \
 	  print("The CUDA build compiles, links and imports: torch", torch.__version__)'
+	@echo "The Python tests on that build, the oldest torch there is support for:"
+	cd build && ../.venv-cuda/bin/pytest -q $(addprefix ../tests/test_,codec.py contents.py \
+	  errors.py gates.py ops.py optimizer.py resume.py rng.py)
 
 # --- Cleaning ------------------------------------------------------------------------------------
 
