@@ -1022,7 +1022,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="where the figures go (default: under bench/results/)")
     add("--size-mib", type=int, help="the state's size (default 512)")
     add("--num-threads", type=int, default=4, help="writer threads (default 4)")
-    add("--block-size-mb", type=float, default=4.0, help="(default 4)")
+    add("--block-size-mb", type=float, default=2.0, help="(default 2)")
     add("--batch-size-mb", type=float, default=100.0, help="staging memory is twice as much")
     add("--keep-last", type=int, default=3, help="checkpoints kept (default 3)")
     add("--memory-child", help=argparse.SUPPRESS)

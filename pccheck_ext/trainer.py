@@ -111,7 +111,7 @@ class LayerwiseCheckpointTrainer:
         extra: Mapping[str, Any] | None = None,
         on_error: str = "raise",
         save_gradients: bool = False,
-        block_size_mb: float = 4.0,
+        block_size_mb: float = 2.0,
         lock_timeout_s: float = 30.0,
         verify_staged: bool = False,
         _manual_copier: bool = False,

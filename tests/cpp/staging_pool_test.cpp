@@ -1,16 +1,16 @@
 #include "cpp/staging_pool.h"
 
 #include <gtest/gtest.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <array>
 #include <atomic>
-#include <cerrno>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <set>
 #include <stdexcept>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -130,18 +130,23 @@ TEST(StagingPool, ThreadsNeverShareASlot) {
   EXPECT_EQ(pool.free_slots(), 3u);
 }
 
+// The kernel's own word on it. Looking from a child would not do: a sanitizer's runtime may put
+// something else in the hole there.
 TEST(StagingPool, SlotsAreLeftOutOfForkedChildren) {
   const std::unique_ptr<SlotMemory> memory = allocate_host_slots(kSlot);
-  std::byte* const at = memory->bytes().data();
-  unsigned char resident = 0;
-  ASSERT_EQ(::mincore(at, 1, &resident), 0);
-  const pid_t child = ::fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) ::_exit(::mincore(at, 1, &resident) == 0 ? 1 : errno == ENOMEM ? 0 : 2);
-  int status = 0;
-  ASSERT_EQ(::waitpid(child, &status, 0), child);
-  EXPECT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 0) << "1: the child has the memory";
+  const auto at = reinterpret_cast<uintptr_t>(memory->bytes().data());
+  std::ifstream mappings("/proc/self/smaps");
+  bool ours = false;
+  for (std::string line; std::getline(mappings, line);) {
+    uintptr_t begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2)
+      ours = begin <= at && at < end;
+    else if (ours && line.starts_with("VmFlags:")) {
+      EXPECT_NE((line + " ").find(" dc "), std::string::npos) << line;
+      return;
+    }
+  }
+  FAIL() << "the slots are in no mapping";
 }
 
 }  // namespace
