@@ -44,6 +44,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+import pccheck_ext
 from pccheck_ext import (
     CheckpointCorrupt,
     CheckpointError,
@@ -1193,8 +1194,9 @@ in_a_child(second)
 
 def test_another_process_goes_on_from_one_that_ended_without_a_word(tmp_path: Path) -> None:
     here = Path(__file__).parent
+    package = str(Path(pccheck_ext.__file__).parent.parent)  # the very one that is tested here
     done = subprocess.run(
-        [sys.executable, "-c", TWO_LIVES, str(tmp_path), str(here), str(here.parent)],
+        [sys.executable, "-c", TWO_LIVES, str(tmp_path), str(here), package],
         capture_output=True,
         text=True,
         timeout=120,
