@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,16 @@ def last_acknowledged(read_end: int) -> int:
 
 
 @pytest.fixture(autouse=True)
-def ready_to_fork() -> None:
+def ready_to_fork() -> Iterator[None]:
     # A forked child of a process whose thread pool has run would wait for threads it does not have.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # What the first step of all imports would otherwise be imported by each child.
     model, optimizer = make(seed=0)
     model(torch.ones(2, 32)).sum().backward()
     optimizer.step()
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_every_acknowledged_commit_survives_200_kills_at_random_moments(tmp_path: Path) -> None:
