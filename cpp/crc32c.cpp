@@ -5,7 +5,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
-#include <nmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace pccheck {
@@ -53,11 +53,29 @@ uint32_t fold_portable(uint32_t crc, const std::byte* at, size_t bytes) {
   return crc;
 }
 
+// Copies a piece at a time, then sums the copy while it is in the nearest cache.
+template <uint32_t (*kFold)(uint32_t, const std::byte*, size_t)>
+uint32_t copy_then_fold(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) {
+  // Whole stripes, and small enough that copy and source stay in a 32 KiB first-level cache.
+  constexpr size_t kPieceBytes = 4 * 3 * 1024;
+  while (bytes > 0) {
+    const size_t piece = std::min(bytes, kPieceBytes);
+    std::memcpy(to, from, piece);
+    crc = kFold(crc, to, piece);
+    to += piece;
+    from += piece;
+    bytes -= piece;
+  }
+  return crc;
+}
+
 #if defined(__x86_64__)
 
-// The instruction takes three cycles and one can start every cycle, so three independent lanes run
-// side by side; their registers are then joined by moving the earlier ones over the later lanes'
-// bytes. Moving a register over n zero bytes is linear, hence four 256-entry tables.
+// --- SSE4.2: the instruction ---------------------------------------------------------------------
+//
+// It takes three cycles and one can start every cycle, so three independent lanes run side by side;
+// their registers are then joined by moving the earlier ones over the later lanes' bytes. Moving a
+// register over n zero bytes is linear, hence four 256-entry tables.
 constexpr size_t kLaneBytes = 1024;
 constexpr size_t kStripeBytes = 3 * kLaneBytes;
 
@@ -99,51 +117,135 @@ __attribute__((target("sse4.2"))) uint32_t fold_sse42(uint32_t crc, const std::b
   return crc;
 }
 
-#endif
+// --- AVX-512: carry-less multiplication ----------------------------------------------------------
+//
+// A message is a polynomial over GF(2) and its CRC what is left of it modulo P, so 16 bytes that
+// stand D bits before others may be replaced by anything of the same remainder added to those
+// others: the two halves, each times x to its distance, modulo P. Sixteen such lanes in four
+// registers go over the message 256 bytes at a time; the instruction sums what they hold at the
+// end.
+constexpr size_t kFoldBytes = 256;
 
-using Fold = uint32_t (*)(uint32_t, const std::byte*, size_t);
-
-Fold choose_fold() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("sse4.2")) return fold_sse42;
-#endif
-  return fold_portable;
+// x^n modulo P, bits reversed as the format has it: bit 31 is x^0.
+constexpr uint32_t power_of_x(size_t n) {
+  uint32_t power = 0x80000000u;
+  for (; n > 0; --n) power = (power >> 1) ^ ((power & 1) ? kPolynomial : 0);
+  return power;
 }
 
-Fold fold() {
-  static const Fold chosen = choose_fold();
+// The product of two reversed 64-bit polynomials comes out one bit to the right; shifting the
+// constant, which has 31 bits to spare, makes up for it. The lower half of a lane stands for the
+// higher powers: it is 64 bits farther from the end.
+constexpr auto kLowerFactor =
+    static_cast<long long>(uint64_t{power_of_x(8 * kFoldBytes + 32)} << 1);
+constexpr auto kUpperFactor =
+    static_cast<long long>(uint64_t{power_of_x(8 * kFoldBytes - 32)} << 1);
+
+#define PCCHECK_AVX512 __attribute__((target("avx512f,vpclmulqdq,sse4.2")))
+
+// Each word is loaded once, folded and, where kCopies, stored: copy and sum cannot differ. The
+// stores go past the caches: the copy is next read by a device, and lines that another processor
+// read when the slot was last used cost more to take back than to write anew.
+template <bool kCopies>
+PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte* from,
+                                   size_t bytes) {
+  if (kCopies) {
+    const size_t head = std::min(bytes, -reinterpret_cast<uintptr_t>(to) % 64);  // to whole lines
+    crc = copy_then_fold<fold_sse42>(crc, to, from, head);
+    to += head;
+    from += head;
+    bytes -= head;
+  }
+  if (bytes >= 2 * kFoldBytes) {
+    const __m512i factors =
+        _mm512_set4_epi64(kUpperFactor, kLowerFactor, kUpperFactor, kLowerFactor);
+    __m512i lanes[4];
+    for (size_t i = 0; i < 4; ++i) {
+      lanes[i] = _mm512_loadu_si512(from + 64 * i);
+      if (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 64 * i), lanes[i]);
+    }
+    lanes[0] = _mm512_xor_si512(lanes[0],
+                                _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
+    size_t done = kFoldBytes;
+    for (; bytes - done >= kFoldBytes; done += kFoldBytes)
+      for (size_t i = 0; i < 4; ++i) {
+        const __m512i next = _mm512_loadu_si512(from + done + 64 * i);
+        if (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done + 64 * i), next);
+        constexpr int kXorOfThree = 0x96;
+        lanes[i] = _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(lanes[i], factors, 0x00),
+                                             _mm512_clmulepi64_epi128(lanes[i], factors, 0x11),
+                                             next, kXorOfThree);
+      }
+    // Before another thread is told of the copy: such stores are ordered by nothing else.
+    if (kCopies) _mm_sfence();
+    std::array<std::byte, kFoldBytes> rest;
+    for (size_t i = 0; i < 4; ++i) _mm512_storeu_si512(rest.data() + 64 * i, lanes[i]);
+    crc = fold_sse42(0, rest.data(), rest.size());
+    from += done;
+    bytes -= done;
+    if (kCopies) to += done;
+  }
+  return kCopies ? copy_then_fold<fold_sse42>(crc, to, from, bytes) : fold_sse42(crc, from, bytes);
+}
+
+PCCHECK_AVX512 uint32_t fold_avx512(uint32_t crc, const std::byte* at, size_t bytes) {
+  return run_avx512<false>(crc, nullptr, at, bytes);
+}
+
+PCCHECK_AVX512 uint32_t copy_avx512(uint32_t crc, std::byte* to, const std::byte* from,
+                                    size_t bytes) {
+  return run_avx512<true>(crc, to, from, bytes);
+}
+
+#endif
+
+using detail::Crc32c;
+
+std::vector<Crc32c> find_implementations() {
+  std::vector<Crc32c> found{{"portable", fold_portable, copy_then_fold<fold_portable>}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("sse4.2")) {
+    found.push_back({"sse4.2", fold_sse42, copy_then_fold<fold_sse42>});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq"))
+      found.push_back({"avx512", fold_avx512, copy_avx512});
+  }
+#endif
+  return found;
+}
+
+const Crc32c& fastest() {
+  static const Crc32c& chosen = detail::crc32c_implementations().back();
   return chosen;
 }
 
 }  // namespace
 
 uint32_t crc32c(uint32_t crc, std::span<const std::byte> bytes) {
-  return ~fold()(~crc, bytes.data(), bytes.size());
+  return fastest().sum(crc, bytes);
 }
 
 uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) {
-  // Whole stripes, and small enough that copy and source stay in a 32 KiB first-level cache.
-  constexpr size_t kPieceBytes = 4 * 3 * 1024;
-  const Fold fold_piece = fold();
-  uint32_t inverted = ~crc;
-  while (bytes > 0) {
-    const size_t piece = std::min(bytes, kPieceBytes);
-    std::memcpy(to, from, piece);
-    inverted = fold_piece(inverted, to, piece);
-    to += piece;
-    from += piece;
-    bytes -= piece;
-  }
-  return ~inverted;
+  return fastest().copy(crc, to, from, bytes);
 }
 
 namespace detail {
 
+uint32_t Crc32c::sum(uint32_t crc, std::span<const std::byte> bytes) const {
+  return ~fold_(~crc, bytes.data(), bytes.size());
+}
+
+uint32_t Crc32c::copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) const {
+  return ~fold_copy_(~crc, to, from, bytes);
+}
+
+const std::vector<Crc32c>& crc32c_implementations() {
+  static const std::vector<Crc32c> found = find_implementations();
+  return found;
+}
+
 uint32_t crc32c_portable(uint32_t crc, std::span<const std::byte> bytes) {
   return ~fold_portable(~crc, bytes.data(), bytes.size());
 }
-
-bool crc32c_is_hardware() { return fold() != fold_portable; }
 
 }  // namespace detail
 }  // namespace pccheck

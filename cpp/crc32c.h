@@ -2,26 +2,49 @@
 //
 // The checksum of a concatenation is computed by passing the first part's result on:
 //   crc32c(crc32c(0, a), b) == crc32c(0, a + b)
-// Pure functions, safe on any thread. The processor's own instruction is used where there is one,
-// a table otherwise; both give the same values.
+// Pure functions, safe on any thread. The fastest implementation that the processor can run is
+// used; all give the same values.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 namespace pccheck {
 
 uint32_t crc32c(uint32_t crc, std::span<const std::byte> bytes);
 
-// Copies `bytes` bytes and folds them into `crc` while they are still in the nearest cache. What is
-// summed is the copy, not the source: a source that changes meanwhile cannot make the two differ.
+// Copies `bytes` bytes and folds them into `crc` on the way. What is summed is what was stored: a
+// source that changes meanwhile cannot make the two differ.
 uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes);
 
 namespace detail {
-// The portable path, reachable on every machine so that tests can compare the two.
+
+// One way to compute it; tests compare all that run here.
+class Crc32c {
+ public:
+  using Fold = uint32_t (*)(uint32_t, const std::byte*, size_t);
+  using FoldCopy = uint32_t (*)(uint32_t, std::byte*, const std::byte*, size_t);
+
+  Crc32c(const char* name, Fold fold, FoldCopy fold_copy)
+      : name(name), fold_(fold), fold_copy_(fold_copy) {}
+
+  uint32_t sum(uint32_t crc, std::span<const std::byte> bytes) const;
+  uint32_t copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) const;
+
+  const char* name;
+
+ private:
+  Fold fold_;  // both on the inverted register, as the instruction keeps it
+  FoldCopy fold_copy_;
+};
+
+// The portable one first, the fastest last.
+const std::vector<Crc32c>& crc32c_implementations();
+
 uint32_t crc32c_portable(uint32_t crc, std::span<const std::byte> bytes);
-bool crc32c_is_hardware();
+
 }  // namespace detail
 
 }  // namespace pccheck
