@@ -49,7 +49,7 @@ class BlockQueue {
       const std::lock_guard lock(mutex_);
       blocks_.push_back(std::move(block));
     }
-    bell_.ring();
+    bell_.ring_for_one();
   }
 
   std::unique_ptr<Block> try_pop() {

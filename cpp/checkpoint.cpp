@@ -5,12 +5,12 @@
 namespace pccheck {
 
 Checkpoint::Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
-                       std::unique_ptr<Target> target, std::function<void()> changed)
+                       std::unique_ptr<Target> target, Bells bells)
     : identity_(identity),
       name_(std::move(name)),
       layout_(std::move(layout)),
       target_(std::move(target)),
-      changed_(std::move(changed)),
+      bells_(std::move(bells)),
       handed_over_(layout_->layers().size()) {
   add_files(*layout_);
 }
@@ -57,7 +57,7 @@ void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
     if (error_) return;
     handed_over_[layer] = std::move(hand_over);
   }
-  changed_();
+  bells_.stager();
 }
 
 void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> addition) {
@@ -85,7 +85,8 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
       handed_over_.push_back(std::move(addition->hand_over));
     }
   }
-  changed_();
+  bells_.stager();
+  bells_.committer();
 }
 
 void Checkpoint::fail(std::exception_ptr error) {
@@ -95,7 +96,8 @@ void Checkpoint::fail(std::exception_ptr error) {
     error_ = std::move(error);
   }
   progress_.notify_all();
-  changed_();
+  bells_.stager();
+  bells_.committer();
 }
 
 bool Checkpoint::awaits_seal() const {
@@ -132,7 +134,8 @@ void Checkpoint::open_gate(size_t layer) {
     error_ = std::make_exception_ptr(std::runtime_error(moved));
   }
   progress_.notify_all();
-  changed_();
+  bells_.stager();
+  bells_.committer();
 }
 
 void Checkpoint::begin_publishing() {
@@ -184,12 +187,14 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
 }
 
 void Checkpoint::layer_staged() {
+  bool last;
   {
     const std::lock_guard lock(mutex_);
     ++layers_staged_;
+    last = sealed_ && layers_staged_ == layer_count();
   }
   progress_.notify_all();
-  changed_();
+  if (last) bells_.committer();
 }
 
 bool Checkpoint::staging_ended() const {
@@ -203,7 +208,7 @@ void Checkpoint::stop_staging() {
     staging_stopped_ = true;
   }
   progress_.notify_all();
-  changed_();
+  bells_.committer();
 }
 
 void Checkpoint::block_opened() {
@@ -212,11 +217,13 @@ void Checkpoint::block_opened() {
 }
 
 void Checkpoint::block_gone() {
+  bool discardable;
   {
     const std::lock_guard lock(mutex_);
     --blocks_alive_;
+    discardable = error_ && blocks_alive_ == 0;
   }
-  changed_();
+  if (discardable) bells_.committer();
 }
 
 File& Checkpoint::file(uint32_t index) {
@@ -247,8 +254,11 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
     if (--files_[index]->blocks_left > 0) return;
   }
   opened.sync_data();
-  const std::lock_guard lock(mutex_);
-  files_[index]->synced = true;
+  {
+    const std::lock_guard lock(mutex_);
+    files_[index]->synced = true;
+  }
+  bells_.committer();
 }
 
 bool Checkpoint::ready_to_publish() const {
@@ -313,7 +323,7 @@ void Checkpoint::announce_end() {
     manifest_ = {};
   }
   progress_.notify_all();
-  changed_();
+  bells_.committer();
 }
 
 }  // namespace pccheck

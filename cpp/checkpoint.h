@@ -84,9 +84,14 @@ class Checkpoint {
  public:
   enum class State { in_flight, committed, failed };
 
-  // `changed` is called, without locks held, after every change another worker may wait for.
+  // Called, without locks held, after a change that gives a worker something to do.
+  struct Bells {
+    std::function<void()> stager;     // something was handed over, or will never be
+    std::function<void()> committer;  // ready to be published or discarded, or ended
+  };
+
   Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
-             std::unique_ptr<Target> target, std::function<void()> changed);
+             std::unique_ptr<Target> target, Bells bells);
 
   const Identity& identity() const { return identity_; }
   const std::string& name() const { return name_; }
@@ -178,7 +183,7 @@ class Checkpoint {
   const std::string name_;
   const std::shared_ptr<const Layout> layout_;
   std::unique_ptr<Target> target_;  // null after retire() or discard()
-  const std::function<void()> changed_;
+  const Bells bells_;
   const Clock::time_point begun_ = Clock::now();
 
   std::mutex open_mutex_;  // guards opening: I/O under it, so that only the first writer opens

@@ -70,16 +70,15 @@ std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
         "staging memory of " + std::to_string(staging_bytes()) + " bytes holds " +
         std::to_string(pool_.slot_count()) + " blocks of " + std::to_string(options_.block_bytes) +
         "; this state needs at least " + std::to_string(layout->open_blocks() + 1));
-  newest_ = std::make_shared<Checkpoint>(identity, std::move(name), std::move(layout),
-                                         std::move(target), [this] { something_changed(); });
+  newest_ = std::make_shared<Checkpoint>(
+      identity, std::move(name), std::move(layout), std::move(target),
+      Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }});
   committer_.add(newest_);
   stager_.add(newest_);
-  something_changed();
   return newest_;
 }
 
-void Engine::something_changed() {
-  stager_bell_.ring();
+void Engine::something_ended() {
   committer_bell_.ring();
   {
     const std::lock_guard lock(mutex_);

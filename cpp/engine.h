@@ -64,7 +64,7 @@ class Engine {
   Copier& copier() { return *copier_; }
 
  private:
-  void something_changed();
+  void something_ended();
 
   const EngineOptions options_;
 

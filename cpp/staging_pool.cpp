@@ -98,11 +98,13 @@ std::span<std::byte> StagingPool::slot(size_t index) {
 }
 
 void StagingPool::release(size_t index) noexcept {
+  bool was_empty;
   {
     const std::lock_guard lock(mutex_);
+    was_empty = free_.empty();
     free_.push_back(index);
   }
-  on_release_();
+  if (was_empty) on_release_();
 }
 
 }  // namespace pccheck

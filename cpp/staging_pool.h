@@ -49,7 +49,7 @@ class SlotLease {
 class StagingPool {
  public:
   // `memory` must hold at least one slot; it outlives every lease with the pool. `on_release` is
-  // called, outside the pool's lock, whenever a slot has come back.
+  // called, outside the pool's lock, when a slot has come back to a pool that had none.
   StagingPool(std::unique_ptr<SlotMemory> memory, size_t slot_bytes,
               std::function<void()> on_release);
 

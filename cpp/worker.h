@@ -41,6 +41,15 @@ class Doorbell {
     rung_.notify_all();
   }
 
+  // Wakes one of those who wait. Whoever is about to wait sees the ring all the same.
+  void ring_for_one() {
+    {
+      const std::lock_guard lock(mutex_);
+      ++rings_;
+    }
+    rung_.notify_one();
+  }
+
   void wait_past(uint64_t seen) const {
     std::unique_lock lock(mutex_);
     rung_.wait(lock, [&] { return rings_ != seen; });

@@ -23,7 +23,7 @@ class CheckpointRules : public testing::Test {
   State state = simple_state({10, 20});
   int changes = 0;
   Checkpoint ticket{identity_of(1), "step 1", state.layout, std::make_unique<NoTarget>(),
-                    [this] { ++changes; }};
+                    Checkpoint::Bells{[this] { ++changes; }, [this] { ++changes; }}};
 
   template <typename Error, typename Call>
   static std::string refusal(Call call) {

@@ -17,20 +17,18 @@ std::shared_ptr<Checkpoint> HandRun::begin(uint64_t step, std::shared_ptr<const 
                                            std::function<void(Checkpoint::State)> finished) {
   auto self = std::make_shared<std::weak_ptr<Checkpoint>>();
   const auto changed = [this, self, finished = std::move(finished), told = false]() mutable {
-    stager_bell_.ring();
     committer_bell_.ring();
     const auto ticket = self->lock();
     if (told || !finished || !ticket || ticket->state() == Checkpoint::State::in_flight) return;
     told = true;
     finished(ticket->state());
   };
-  auto ticket = std::make_shared<Checkpoint>(identity_of(step), "step " + std::to_string(step),
-                                             std::move(layout), std::move(target), changed);
+  auto ticket = std::make_shared<Checkpoint>(
+      identity_of(step), "step " + std::to_string(step), std::move(layout), std::move(target),
+      Checkpoint::Bells{[this] { stager_bell_.ring(); }, changed});
   *self = ticket;
   committer.add(ticket);
   stager.add(ticket);
-  stager_bell_.ring();
-  committer_bell_.ring();
   return ticket;
 }
 

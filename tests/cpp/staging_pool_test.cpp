@@ -78,10 +78,10 @@ TEST(StagingPool, ALeaseGivesItsSlotBackOnceHoweverOftenItMoves) {
     c.release();
   }
   EXPECT_EQ(pool.free_slots(), 2u);
-  EXPECT_EQ(released, 2);
+  EXPECT_EQ(released, 1);  // the second release came to a pool that had a slot
 }
 
-TEST(StagingPool, WhoeverIsToldOfAReleaseFindsTheSlotFree) {
+TEST(StagingPool, TellsOfTheFirstSlotThatComesBackAndItIsFreeByThen) {
   const StagingPool* in_callback = nullptr;
   std::vector<size_t> free_when_told;
   StagingPool pool = make_pool(2, [&] { free_when_told.push_back(in_callback->free_slots()); });
@@ -91,7 +91,7 @@ TEST(StagingPool, WhoeverIsToldOfAReleaseFindsTheSlotFree) {
     const std::optional<SlotLease> second = pool.try_acquire();
     EXPECT_TRUE(free_when_told.empty());
   }
-  EXPECT_EQ(free_when_told, (std::vector<size_t>{1, 2}));
+  EXPECT_EQ(free_when_told, (std::vector<size_t>{1}));  // a second one nobody waited for
 }
 
 TEST(StagingPool, MemoryWithoutRoomForASlotIsRefused) {
