@@ -42,27 +42,38 @@ class Block {
 // Full blocks, waiting for a writer.
 class BlockQueue {
  public:
-  explicit BlockQueue(Doorbell& bell) : bell_(bell) {}
+  // `popped` is rung when a block has been taken out.
+  BlockQueue(Doorbell& pushed, Doorbell& popped) : pushed_(pushed), popped_(popped) {}
 
   void push(std::unique_ptr<Block> block) {
     {
       const std::lock_guard lock(mutex_);
       blocks_.push_back(std::move(block));
     }
-    bell_.ring_for_one();
+    pushed_.ring_for_one();
   }
 
   std::unique_ptr<Block> try_pop() {
-    const std::lock_guard lock(mutex_);
-    if (blocks_.empty()) return nullptr;
-    std::unique_ptr<Block> block = std::move(blocks_.front());
-    blocks_.pop_front();
+    std::unique_ptr<Block> block;
+    {
+      const std::lock_guard lock(mutex_);
+      if (blocks_.empty()) return nullptr;
+      block = std::move(blocks_.front());
+      blocks_.pop_front();
+    }
+    popped_.ring();
     return block;
   }
 
+  size_t waiting() const {
+    const std::lock_guard lock(mutex_);
+    return blocks_.size();
+  }
+
  private:
-  Doorbell& bell_;
-  std::mutex mutex_;  // guards blocks_
+  Doorbell& pushed_;
+  Doorbell& popped_;
+  mutable std::mutex mutex_;  // guards blocks_
   std::deque<std::unique_ptr<Block>> blocks_;
 };
 

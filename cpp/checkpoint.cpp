@@ -105,20 +105,36 @@ bool Checkpoint::awaits_seal() const {
   return !sealed_ && !error_;
 }
 
-bool Checkpoint::wait_staged(size_t layer, Clock::time_point until) const {
+template <typename Condition>
+bool Checkpoint::wait_at_gate(Clock::time_point until, Condition staged) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (staged()) return true;
+    if (until <= Clock::now()) return false;
+    hurry_ = true;
+  }
+  bells_.stager();
   std::unique_lock lock(mutex_);
-  return progress_.wait_until(lock, until, [&] {
+  return progress_.wait_until(lock, until, staged);
+}
+
+bool Checkpoint::wait_staged(size_t layer, Clock::time_point until) {
+  return wait_at_gate(until, [&] {
     // After a failure the sources may still be read until the stager has let go of them.
     return layers_staged_ > layer || staging_stopped_ || state_ != State::in_flight;
   });
 }
 
-bool Checkpoint::wait_all_staged(Clock::time_point until) const {
-  std::unique_lock lock(mutex_);
-  return progress_.wait_until(lock, until, [&] {
+bool Checkpoint::wait_all_staged(Clock::time_point until) {
+  return wait_at_gate(until, [&] {
     return (sealed_ && layers_staged_ == layer_count()) || staging_stopped_ ||
            state_ != State::in_flight;
   });
+}
+
+bool Checkpoint::in_a_hurry() const {
+  const std::lock_guard lock(mutex_);
+  return hurry_;
 }
 
 void Checkpoint::open_gate(size_t layer) {

@@ -119,8 +119,9 @@ class Checkpoint {
   void fail(std::exception_ptr error);
 
   // The gate: `layer` is staged, or the checkpoint failed. False when the time has passed first.
-  bool wait_staged(size_t layer, Clock::time_point until) const;
-  bool wait_all_staged(Clock::time_point until) const;
+  // Whoever has to wait makes the checkpoint one to be staged in a hurry.
+  bool wait_staged(size_t layer, Clock::time_point until);
+  bool wait_all_staged(Clock::time_point until);
   // Opens the gate behind a staged layer: the tripwire is read, then taken down. Throws nothing; a
   // change found fails the checkpoint.
   void open_gate(size_t layer);
@@ -142,6 +143,7 @@ class Checkpoint {
   };
   // The next layer in layout order, if it was handed over.
   std::optional<Work> next_layer();
+  bool in_a_hurry() const;
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
@@ -178,6 +180,8 @@ class Checkpoint {
   File& file(uint32_t index);
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
   void begin_publishing();
+  template <typename Condition>
+  bool wait_at_gate(Clock::time_point until, Condition staged);
 
   const Identity identity_;
   const std::string name_;
@@ -197,6 +201,7 @@ class Checkpoint {
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;
+  bool hurry_ = false;
   bool sealed_ = false;
   bool staging_stopped_ = false;
   bool publishing_ = false;  // and nothing was changed or had failed when that began

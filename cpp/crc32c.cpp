@@ -143,12 +143,17 @@ constexpr auto kUpperFactor =
 
 #define PCCHECK_AVX512 __attribute__((target("avx512f,vpclmulqdq,sse4.2")))
 
-// Each word is loaded once, folded and, where kCopies, stored: copy and sum cannot differ. The
-// stores go past the caches: the copy is next read by a device, and lines that another processor
-// read when the slot was last used cost more to take back than to write anew.
-template <bool kCopies>
+enum class Does { fold, copy, stream };
+
+// Each word is loaded once, folded and stored: copy and sum cannot differ.
+template <Does kDoes>
 PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte* from,
                                    size_t bytes) {
+  constexpr bool kCopies = kDoes != Does::fold;
+  const auto store = [](std::byte* at, __m512i word) PCCHECK_AVX512 {
+    if (kDoes == Does::copy) _mm512_storeu_si512(at, word);
+    if (kDoes == Does::stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(at), word);
+  };
   if (kCopies) {
     const size_t head = std::min(bytes, -reinterpret_cast<uintptr_t>(to) % 64);  // to whole lines
     crc = copy_then_fold<fold_sse42>(crc, to, from, head);
@@ -162,7 +167,7 @@ PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte*
     __m512i lanes[4];
     for (size_t i = 0; i < 4; ++i) {
       lanes[i] = _mm512_loadu_si512(from + 64 * i);
-      if (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 64 * i), lanes[i]);
+      store(to + 64 * i, lanes[i]);
     }
     lanes[0] = _mm512_xor_si512(lanes[0],
                                 _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
@@ -170,14 +175,14 @@ PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte*
     for (; bytes - done >= kFoldBytes; done += kFoldBytes)
       for (size_t i = 0; i < 4; ++i) {
         const __m512i next = _mm512_loadu_si512(from + done + 64 * i);
-        if (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done + 64 * i), next);
+        store(to + done + 64 * i, next);
         constexpr int kXorOfThree = 0x96;
         lanes[i] = _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(lanes[i], factors, 0x00),
                                              _mm512_clmulepi64_epi128(lanes[i], factors, 0x11),
                                              next, kXorOfThree);
       }
     // Before another thread is told of the copy: such stores are ordered by nothing else.
-    if (kCopies) _mm_sfence();
+    if (kDoes == Does::stream) _mm_sfence();
     std::array<std::byte, kFoldBytes> rest;
     for (size_t i = 0; i < 4; ++i) _mm512_storeu_si512(rest.data() + 64 * i, lanes[i]);
     crc = fold_sse42(0, rest.data(), rest.size());
@@ -189,12 +194,7 @@ PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte*
 }
 
 PCCHECK_AVX512 uint32_t fold_avx512(uint32_t crc, const std::byte* at, size_t bytes) {
-  return run_avx512<false>(crc, nullptr, at, bytes);
-}
-
-PCCHECK_AVX512 uint32_t copy_avx512(uint32_t crc, std::byte* to, const std::byte* from,
-                                    size_t bytes) {
-  return run_avx512<true>(crc, to, from, bytes);
+  return run_avx512<Does::fold>(crc, nullptr, at, bytes);
 }
 
 #endif
@@ -202,12 +202,13 @@ PCCHECK_AVX512 uint32_t copy_avx512(uint32_t crc, std::byte* to, const std::byte
 using detail::Crc32c;
 
 std::vector<Crc32c> find_implementations() {
-  std::vector<Crc32c> found{{"portable", fold_portable, copy_then_fold<fold_portable>}};
+  std::vector<Crc32c> found{
+      {"portable", fold_portable, copy_then_fold<fold_portable>, copy_then_fold<fold_portable>}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("sse4.2")) {
-    found.push_back({"sse4.2", fold_sse42, copy_then_fold<fold_sse42>});
+    found.push_back({"sse4.2", fold_sse42, copy_then_fold<fold_sse42>, copy_then_fold<fold_sse42>});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq"))
-      found.push_back({"avx512", fold_avx512, copy_avx512});
+      found.push_back({"avx512", fold_avx512, run_avx512<Does::copy>, run_avx512<Does::stream>});
   }
 #endif
   return found;
@@ -224,8 +225,9 @@ uint32_t crc32c(uint32_t crc, std::span<const std::byte> bytes) {
   return fastest().sum(crc, bytes);
 }
 
-uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) {
-  return fastest().copy(crc, to, from, bytes);
+uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes,
+                          Stores stores) {
+  return fastest().copy(crc, to, from, bytes, stores);
 }
 
 namespace detail {
@@ -234,8 +236,9 @@ uint32_t Crc32c::sum(uint32_t crc, std::span<const std::byte> bytes) const {
   return ~fold_(~crc, bytes.data(), bytes.size());
 }
 
-uint32_t Crc32c::copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) const {
-  return ~fold_copy_(~crc, to, from, bytes);
+uint32_t Crc32c::copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes,
+                      Stores stores) const {
+  return ~(stores == Stores::streamed ? streamed_ : cached_)(~crc, to, from, bytes);
 }
 
 const std::vector<Crc32c>& crc32c_implementations() {

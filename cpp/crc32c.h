@@ -15,9 +15,13 @@ namespace pccheck {
 
 uint32_t crc32c(uint32_t crc, std::span<const std::byte> bytes);
 
+// How a copy is stored: in the caches as usual, or past them. Advice: not every processor has both.
+enum class Stores { cached, streamed };
+
 // Copies `bytes` bytes and folds them into `crc` on the way. What is summed is what was stored: a
 // source that changes meanwhile cannot make the two differ.
-uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes);
+uint32_t copy_with_crc32c(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes,
+                          Stores stores = Stores::cached);
 
 namespace detail {
 
@@ -27,17 +31,18 @@ class Crc32c {
   using Fold = uint32_t (*)(uint32_t, const std::byte*, size_t);
   using FoldCopy = uint32_t (*)(uint32_t, std::byte*, const std::byte*, size_t);
 
-  Crc32c(const char* name, Fold fold, FoldCopy fold_copy)
-      : name(name), fold_(fold), fold_copy_(fold_copy) {}
+  Crc32c(const char* name, Fold fold, FoldCopy cached, FoldCopy streamed)
+      : name(name), fold_(fold), cached_(cached), streamed_(streamed) {}
 
   uint32_t sum(uint32_t crc, std::span<const std::byte> bytes) const;
-  uint32_t copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes) const;
+  uint32_t copy(uint32_t crc, std::byte* to, const std::byte* from, size_t bytes,
+                Stores stores) const;
 
   const char* name;
 
  private:
-  Fold fold_;  // both on the inverted register, as the instruction keeps it
-  FoldCopy fold_copy_;
+  Fold fold_;  // all on the inverted register, as the instruction keeps it
+  FoldCopy cached_, streamed_;
 };
 
 // The portable one first, the fastest last.

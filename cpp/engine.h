@@ -74,7 +74,7 @@ class Engine {
 
   StagingPool pool_;
   const std::unique_ptr<Copier> copier_;  // ends before the slots it may still be copying into
-  BlockQueue full_{writer_bell_};
+  BlockQueue full_{writer_bell_, stager_bell_};
   Stager stager_;
   WriterPool writers_;
   Committer committer_;

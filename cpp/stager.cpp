@@ -10,7 +10,12 @@ namespace {
 
 // How much is handed to the copier at once: enough to hide the cost of a submission, little enough
 // that a failure or a stop is noticed soon.
-constexpr size_t kSubmissionBytes = size_t{4} << 20;
+constexpr size_t kSubmissionBytes = size_t{2} << 20;
+
+// How many full blocks may wait for a writer while nobody waits at a gate. Few, so that slots are
+// used again, and written to the disk, while they are in the processor's caches; enough for the
+// writers never to wait.
+constexpr size_t kBlocksAhead = 2;
 
 }  // namespace
 
@@ -32,6 +37,7 @@ bool Stager::run_one() noexcept {
   const std::shared_ptr<Checkpoint> checkpoint = current();
   if (!checkpoint) return false;
   if (checkpoint->error()) return abandon(checkpoint);
+  if (is_far_ahead(*checkpoint)) return false;
   try {
     if (stage_more(checkpoint)) return true;
   } catch (...) {
@@ -42,6 +48,12 @@ bool Stager::run_one() noexcept {
   const std::lock_guard lock(mutex_);
   checkpoints_.pop_front();
   return true;
+}
+
+// A device copies into memory, and while training goes on it has better to do than to wait.
+bool Stager::is_far_ahead(const Checkpoint& checkpoint) const {
+  return copier_.sums_while_copying() && full_.waiting() >= kBlocksAhead &&
+         !checkpoint.in_a_hurry();
 }
 
 bool Stager::reap() {

@@ -1,6 +1,7 @@
 // Copies layers from live tensors into slots, checkpoint by checkpoint, layer by layer in layout
-// order, and passes each block on to the writers the moment it is full. Needs nothing but free
-// slots, so it goes on as long as the disk does.
+// order, and passes each block on to the writers the moment it is full. Where the processor copies
+// it keeps just ahead of the writers, until somebody waits at a gate: then it needs nothing but
+// free slots.
 //
 // add() may be called on any thread; everything else runs on the stager's own.
 #pragma once
@@ -34,6 +35,7 @@ class Stager final : public Worker {
   };
 
   std::shared_ptr<Checkpoint> current();
+  bool is_far_ahead(const Checkpoint& checkpoint) const;
   bool reap();
   void complete(const Submission& submission);
   bool stage_more(const std::shared_ptr<Checkpoint>& checkpoint);

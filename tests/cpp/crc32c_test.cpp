@@ -94,7 +94,8 @@ TEST(Crc32c, CopyingMovesExactlyTheBytesAndSumsThem) {
       const size_t source = below(random, 64), target = 1 + below(random, 64);
       Bytes to(target + bytes + 64, std::byte{0xA5});
       const auto seed = static_cast<uint32_t>(random());
-      const uint32_t crc = one.copy(seed, to.data() + target, from.data() + source, bytes);
+      const Stores stores = round % 2 ? Stores::cached : Stores::streamed;
+      const uint32_t crc = one.copy(seed, to.data() + target, from.data() + source, bytes, stores);
       const auto copied = std::span(from).subspan(source, bytes);
       ASSERT_EQ(crc, detail::crc32c_portable(seed, copied)) << one.name << ", " << bytes;
       for (size_t i = 0; i < to.size(); ++i) {
@@ -118,8 +119,8 @@ TEST(Crc32c, ASourceThatChangesMeanwhileCannotMakeCopyAndSumDiffer) {
         for (auto& word : from) word.store(n, std::memory_order_relaxed);
     });
     for (int round = 0; round < 300; ++round) {
-      const uint32_t crc =
-          one.copy(0, to.data(), reinterpret_cast<const std::byte*>(from.data()), to.size());
+      const uint32_t crc = one.copy(0, to.data(), reinterpret_cast<const std::byte*>(from.data()),
+                                    to.size(), round % 2 ? Stores::cached : Stores::streamed);
       ASSERT_EQ(crc, detail::crc32c_portable(0, to)) << one.name;
     }
   }

@@ -23,7 +23,7 @@ class HandRun {
   HandRun(size_t slots, size_t block_bytes, Copier& copier, uint64_t seed);
 
   StagingPool pool;
-  BlockQueue full{writer_bell_};
+  BlockQueue full{writer_bell_, stager_bell_};
   Stager stager;
   WriterPool writers{full};
   Committer committer;
