@@ -277,9 +277,29 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
   bells_.committer();
 }
 
+bool Checkpoint::manifest_is_due() const {
+  const std::lock_guard lock(mutex_);
+  return sealed_ && !error_ && !manifest_is_durable_;
+}
+
+void Checkpoint::persist_manifest() {
+  std::unique_ptr<File> file;
+  {
+    const std::lock_guard lock(open_mutex_);
+    file = target_->open_manifest(manifest_.size());  // nobody changes it once it is due
+  }
+  if (file) {
+    file->pwrite(manifest_, 0);
+    file->sync_data();
+  }
+  const std::lock_guard lock(mutex_);
+  manifest_is_durable_ = true;
+}
+
 bool Checkpoint::ready_to_publish() const {
   const std::lock_guard lock(mutex_);
-  if (error_ || state_ != State::in_flight || !sealed_ || layers_staged_ != layer_count())
+  if (error_ || state_ != State::in_flight || !manifest_is_durable_ ||
+      layers_staged_ != layer_count())
     return false;
   for (const auto& file : files_)
     if (!file->synced) return false;

@@ -58,13 +58,16 @@ struct PersistedFile {
 };
 
 // Where a checkpoint goes: a directory of a run, or one file. Called by the writers (open) and the
-// committer; one call at a time.
+// committer (the others); one call at a time.
 class Target {
  public:
   virtual ~Target() = default;
   // A file of the checkpoint, of its full size, ready to be written.
   virtual std::unique_ptr<File> open(const PayloadFile& plan) = 0;
-  // Makes everything durable, then visible. Returns only when both are certain.
+  // The manifest's file, of its full size, ready to be written; null where it has none of its own.
+  virtual std::unique_ptr<File> open_manifest(size_t bytes) = 0;
+  // With all files durable: makes the checkpoint complete, then visible. Returns only when both are
+  // certain.
   virtual void publish(const Identity& identity, std::vector<PersistedFile>& files,
                        std::span<const std::byte> manifest) = 0;
   // After a failure, once no I/O is under way: leaves nothing behind.
@@ -157,6 +160,8 @@ class Checkpoint {
 
   // -- the committer -----------------------------------------------------------------------------
 
+  bool manifest_is_due() const;  // sealed, and not written yet
+  void persist_manifest();       // while the last of the payload is being written
   bool ready_to_publish() const;
   bool ready_to_discard() const;
   void publish();  // everything but the acknowledgement
@@ -203,6 +208,7 @@ class Checkpoint {
   size_t blocks_alive_ = 0;
   bool hurry_ = false;
   bool sealed_ = false;
+  bool manifest_is_durable_ = false;
   bool staging_stopped_ = false;
   bool publishing_ = false;  // and nothing was changed or had failed when that began
   std::exception_ptr error_;

@@ -36,6 +36,14 @@ bool Committer::run_one() noexcept {
     if (in_flight_.empty()) return false;
     oldest = in_flight_.front();
   }
+  if (oldest->manifest_is_due()) {
+    try {
+      oldest->persist_manifest();
+    } catch (...) {
+      oldest->fail(std::current_exception());
+    }
+    return true;
+  }
   if (oldest->ready_to_publish()) {
     publish(*oldest);
     return true;

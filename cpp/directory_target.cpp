@@ -15,15 +15,16 @@ class DirectoryTarget final : public Target {
 
   std::unique_ptr<File> open(const PayloadFile& plan) override {
     prepare();
-    std::unique_ptr<File> file = reuse_or_create(plan.name);
-    // A recycled file of the right size has its blocks already; that is what makes it fast.
-    if (file->size_bytes() != plan.size_bytes) file->allocate(plan.size_bytes);
-    return file;
+    return reuse_or_create(plan.name, plan.size_bytes);
+  }
+
+  std::unique_ptr<File> open_manifest(size_t bytes) override {
+    prepare();  // a checkpoint without a single tensor has not opened anything
+    return reuse_or_create(kManifestName, bytes);
   }
 
   void publish(const Identity& identity, std::vector<PersistedFile>& files,
                std::span<const std::byte> manifest) override {
-    prepare();  // a checkpoint without a single tensor has not opened anything
     Checksums checksums{.identity = identity,
                         .block_bytes = 0,
                         .manifest_bytes = manifest.size(),
@@ -35,13 +36,12 @@ class DirectoryTarget final : public Target {
     }
     if (files.empty()) checksums.block_bytes = kDirectAlignment;
     remove_strangers(files);
-
-    // Both are written before the first is synced, so that one journal commit serves both.
-    const std::unique_ptr<File> manifest_file = write_small(kManifestName, manifest);
-    const std::unique_ptr<File> sums_file = write_small(kChecksumsName, encode(checksums));
-    manifest_file->sync_data();
+    const std::vector<std::byte> sums = encode(checksums);
+    const std::unique_ptr<File> sums_file = reuse_or_create(kChecksumsName, sums.size());
+    sums_file->pwrite(sums, 0);
     sums_file->sync_data();
-    directory_->sync();
+    // A recycled directory's entries are durable already.
+    if (entries_changed_) directory_->sync();
     run_->publish(name_, *directory_);
   }
 
@@ -64,18 +64,18 @@ class DirectoryTarget final : public Target {
     recycled_ = partial.recycled;
   }
 
-  std::unique_ptr<File> reuse_or_create(const std::string& name) {
+  std::unique_ptr<File> reuse_or_create(const std::string& name, uint64_t bytes) {
+    std::unique_ptr<File> file;
     if (recycled_ && directory_->exists(name)) {
-      if (std::unique_ptr<File> file = directory_->reuse_file(name)) return file;
-      directory_->remove_file(name);  // whoever still reads it keeps its own copy
+      file = directory_->reuse_file(name);
+      if (!file) directory_->remove_file(name);  // whoever still reads it keeps its own copy
     }
-    return directory_->create_file(name);
-  }
-
-  std::unique_ptr<File> write_small(const std::string& name, std::span<const std::byte> bytes) {
-    std::unique_ptr<File> file = reuse_or_create(name);
-    if (file->size_bytes() != bytes.size()) file->allocate(bytes.size());
-    file->pwrite(bytes, 0);
+    if (!file) {
+      file = directory_->create_file(name);
+      entries_changed_ = true;
+    }
+    // A recycled file of the right size has its blocks already; that is what makes it fast.
+    if (file->size_bytes() != bytes) file->allocate(bytes);
     return file;
   }
 
@@ -87,7 +87,9 @@ class DirectoryTarget final : public Target {
                         std::ranges::any_of(files, [&](const PersistedFile& file) {
                           return file.plan->name == entry.name;
                         });
-      if (!ours) directory_->remove_file(entry.name);
+      if (ours) continue;
+      directory_->remove_file(entry.name);
+      entries_changed_ = true;
     }
   }
 
@@ -95,6 +97,7 @@ class DirectoryTarget final : public Target {
   const std::string name_;
   std::unique_ptr<Directory> directory_;
   bool recycled_ = false;
+  bool entries_changed_ = false;
 };
 
 }  // namespace

@@ -35,6 +35,8 @@ class FileTarget final : public Target {
     return file;
   }
 
+  std::unique_ptr<File> open_manifest(size_t) override { return nullptr; }
+
   void publish(const Identity&, std::vector<PersistedFile>& files,
                std::span<const std::byte>) override {
     PersistedFile& only = files.at(0);

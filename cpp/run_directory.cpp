@@ -56,6 +56,7 @@ void RunDirectory::reclaim(const std::string& name) {
   std::unique_ptr<Directory> found = directory_->open_directory(name);
   // Locked: a write of the process that died is still under way. It keeps its directory.
   if (!holds_only_checkpoint_files(*found) || !found->try_lock(LockMode::exclusive)) return;
+  found->sync();  // whoever recycles it counts on its entries
   if (spares_.size() < options_.max_spares)
     spares_.push_back({name, std::move(found)});
   else

@@ -13,6 +13,7 @@ namespace {
 class NoTarget final : public Target {
  public:
   std::unique_ptr<File> open(const PayloadFile&) override { return nullptr; }
+  std::unique_ptr<File> open_manifest(size_t) override { return nullptr; }
   void publish(const Identity&, std::vector<PersistedFile>&, std::span<const std::byte>) override {}
   void discard() override {}
   void retire() override {}

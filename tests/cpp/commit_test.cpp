@@ -283,9 +283,7 @@ TEST(Commit, AFailureThatComesBeforePublicationPreventsIt) {
   RunOnDisk disk;
   HandRun hands(3, kBlockBytes, copier, 1);
   const Ticket ticket = begin_whole(hands, disk, 1, state);
-  while (hands.stager.run_one() || hands.writers.run_one()) {
-  }
-  ASSERT_TRUE(ticket->ready_to_publish());
+  while (!ticket->ready_to_publish()) ASSERT_TRUE(hands.step());
   ticket->fail(error_saying("in time"));
   hands.run();
   EXPECT_EQ(ticket->state(), failed);
