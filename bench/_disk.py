@@ -1,8 +1,9 @@
 """How fast the disk itself is: fio in several configurations, and a bare O_DIRECT loop.
 
-Both move the same number of bytes through the same file, durably, and neither's process start is
-counted. Which configuration is fastest differs between machines, so the candidates are tried first;
-the best of each kind is then measured in turn with what is compared with the disk.
+Both move the same number of bytes, durably, and neither's process start is counted. Which
+configuration is fastest differs between machines, so the candidates are tried first; the best of
+each kind is then measured in turn with what is compared with the disk. Where a file lies can matter
+as much, so the bare loop can be given the very files that what is compared uses.
 """
 
 from __future__ import annotations
@@ -20,9 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-__all__ = ["BareLoop", "Disk", "Fio", "Instrument", "Operation", "compile_loop", "describe"]
+__all__ = [
+    "BareLoop",
+    "Disk",
+    "Files",
+    "Fio",
+    "Instrument",
+    "Operation",
+    "compile_loop",
+    "describe",
+]
 
 Operation = Literal["overwrite", "fresh", "read"]
+Files = Sequence[tuple[Path, int]]
+"""Files and how many bytes of each, from its beginning."""
+
 KIB, MIB = 1 << 10, 1 << 20
 SOURCE = Path(__file__).with_name("disk_loop.cpp")
 
@@ -36,8 +49,11 @@ class Instrument(Protocol):
 
     def name(self) -> str: ...
 
-    def seconds(self, operation: Operation, path: Path, size_bytes: int) -> float:
-        """Moves `size_bytes` and returns how long that took, to durability where it writes."""
+    def seconds(self, operation: Operation, files: Files) -> float:
+        """Moves the bytes of the files and returns how long that took, to durability if it wrote.
+
+        Only the bare loop takes more than one file.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ class Fio:
         jobs = f"{self.jobs} job{'s' if self.jobs > 1 else ''}"
         return f"fio {self.engine}, {_size(self.block_bytes)}, depth {self.depth}, {jobs}"
 
-    def seconds(self, operation: Operation, path: Path, size_bytes: int) -> float:
+    def seconds(self, operation: Operation, files: Files) -> float:
+        ((path, size_bytes),) = files
         # fio lays the file out, or fallocates it, before its clock starts.
         if operation == "fresh":
             path.unlink(missing_ok=True)
@@ -100,14 +117,15 @@ class BareLoop:
     def name(self) -> str:
         return f"bare loop, {_size(self.block_bytes)}, {self.threads} threads"
 
-    def seconds(self, operation: Operation, path: Path, size_bytes: int) -> float:
-        return self._run(operation, path, size_bytes)["ns"] / 1e9
+    def seconds(self, operation: Operation, files: Files) -> float:
+        return self._run(operation, files)["ns"] / 1e9
 
     def is_direct(self, path: Path) -> bool:
-        return bool(self._run("overwrite", path, self.block_bytes)["direct"])
+        return bool(self._run("overwrite", [(path, self.block_bytes)])["direct"])
 
-    def _run(self, operation: Operation, path: Path, size_bytes: int) -> dict[str, int]:
-        words = (operation, path, size_bytes, self.block_bytes, self.threads)
+    def _run(self, operation: Operation, files: Files) -> dict[str, int]:
+        named = [f"{path}:{size_bytes}" for path, size_bytes in files]
+        words = (operation, self.block_bytes, self.threads, *named)
         answer = subprocess.run(
             [str(self.program), *map(str, words)], capture_output=True, text=True, check=False
         )
@@ -154,10 +172,16 @@ class Disk:
         self.fio_missing = self._why_no_fio()
         self._best: dict[Operation, tuple[Instrument, ...]] = {}
 
-    def seconds(self, instrument: Instrument, operation: Operation) -> float:
+    def seconds(
+        self, instrument: Instrument, operation: Operation, files: Files | None = None
+    ) -> float:
+        """By the bare loop on `files`, where given; on a file of its own otherwise."""
+        if files is not None and isinstance(instrument, BareLoop):
+            return instrument.seconds(operation, files)
+        own = [(self.path, self.size_bytes)]
         if operation == "read" and not self._has_all_bytes():
-            next(self._loops()).seconds("overwrite", self.path, self.size_bytes)
-        return instrument.seconds(operation, self.path, self.size_bytes)
+            next(self._loops()).seconds("overwrite", own)
+        return instrument.seconds(operation, own)
 
     def best(
         self, operation: Operation, *, quick: bool, progress: Callable[[str], None]
@@ -202,7 +226,7 @@ class Disk:
         why = ""
         for engine in ("io_uring", "libaio"):  # io_uring is often forbidden to containers
             try:
-                Fio(engine, MIB, 1, 1).seconds("fresh", self.path, MIB)
+                Fio(engine, MIB, 1, 1).seconds("fresh", [(self.path, MIB)])
                 self._engines.append(engine)
             except (OSError, ValueError, KeyError) as error:
                 why = f"fio does not run here: {error}"

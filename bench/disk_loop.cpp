@@ -1,11 +1,12 @@
 // The disk's own speed: nothing but block-sized direct transfers from (or to) memory that is
 // already there, a few threads, and one fdatasync.
 //
-//   disk_loop overwrite|fresh|read PATH BYTES BLOCK_BYTES THREADS
+//   disk_loop overwrite|fresh|read BLOCK_BYTES THREADS PATH:BYTES...
 //
 // prints {"ns": 71234567, "direct": true}. The clock starts when every thread is ready and ends
 // when the data are durable; opening, memory and thread starts are not counted. "fresh" counts
-// fallocating the file. "overwrite" first writes a file that has another size, uncounted.
+// fallocating the files. "overwrite" first writes a file that has another size, uncounted. Of each
+// file, what is left over after the last 4096 bytes is left out.
 // Exits 1 with one line on stderr when a call fails. It stands alone, so that it measures the disk
 // and none of the engine's code.
 #include <fcntl.h>
@@ -60,37 +61,59 @@ std::byte* allocate(size_t bytes) {
   return static_cast<std::byte*>(memory);
 }
 
-struct Transfer {
-  bool reads;
-  size_t total_bytes, block_bytes;
-  unsigned threads;
-  std::byte* memory;  // a block for each thread
+struct OpenFile {
+  std::string path;
+  size_t bytes;
+  int fd = -1;
 };
 
-// Returns when the threads have ended; `on_start` runs when all of them are ready.
+struct Part {
+  const OpenFile* file;
+  size_t at, bytes;
+};
+
+struct Options {
+  std::string mode;
+  size_t block_bytes;
+  unsigned threads;
+
+  bool reads() const { return mode == "read"; }
+};
+
+std::vector<Part> parts_of(const std::vector<OpenFile>& files, size_t block_bytes) {
+  std::vector<Part> parts;
+  for (const OpenFile& file : files)
+    for (size_t at = 0; at < file.bytes; at += block_bytes)
+      parts.push_back({&file, at, std::min(block_bytes, file.bytes - at)});
+  return parts;
+}
+
+void transfer_part(const Part& part, bool reads, std::byte* block) {
+  const int fd = part.file->fd;
+  for (size_t done = 0; done < part.bytes;) {
+    const auto at = static_cast<off_t>(part.at + done);
+    const ssize_t moved = reads ? ::pread(fd, block + done, part.bytes - done, at)
+                                : ::pwrite(fd, block + done, part.bytes - done, at);
+    if (moved < 0 && errno == EINTR) continue;
+    if (moved <= 0) fail((reads ? "pread " : "pwrite ") + part.file->path);
+    done += static_cast<size_t>(moved);
+  }
+}
+
+// Returns when the threads have ended; `on_start` runs when all of them are ready. `memory` holds a
+// block for each thread.
 template <typename OnStart>
-void transfer(int fd, const Transfer& what, OnStart on_start) {
+void transfer(const std::vector<Part>& parts, const Options& options, std::byte* memory,
+              OnStart on_start) {
   std::atomic<size_t> next{0};
-  std::latch ready(what.threads), go(1);
+  std::latch ready(options.threads), go(1);
   std::vector<std::jthread> threads;
-  for (unsigned i = 0; i < what.threads; ++i) {
+  for (unsigned i = 0; i < options.threads; ++i) {
     threads.emplace_back([&, i] {
-      std::byte* const block = what.memory + i * what.block_bytes;
       ready.count_down();
       go.wait();
-      for (;;) {
-        const size_t at = next.fetch_add(1, std::memory_order_relaxed) * what.block_bytes;
-        if (at >= what.total_bytes) return;
-        const size_t bytes = std::min(what.block_bytes, what.total_bytes - at);
-        for (size_t done = 0; done < bytes;) {
-          const ssize_t part =
-              what.reads ? ::pread(fd, block + done, bytes - done, static_cast<off_t>(at + done))
-                         : ::pwrite(fd, block + done, bytes - done, static_cast<off_t>(at + done));
-          if (part < 0 && errno == EINTR) continue;
-          if (part <= 0) fail(what.reads ? "pread" : "pwrite");
-          done += static_cast<size_t>(part);
-        }
-      }
+      for (size_t n; (n = next.fetch_add(1, std::memory_order_relaxed)) < parts.size();)
+        transfer_part(parts[n], options.reads(), memory + i * options.block_bytes);
     });
   }
   ready.wait();
@@ -100,62 +123,78 @@ void transfer(int fd, const Transfer& what, OnStart on_start) {
 
 // A file of the right size, with every block written once: an extent that was only allocated is
 // converted at its first write, which costs what a fresh file costs.
-void prepare(int fd, const std::string& path, const Transfer& what) {
+void prepare(const OpenFile& file, const Options& options, std::byte* memory) {
   struct stat status{};
-  if (::fstat(fd, &status) != 0) fail("fstat " + path);
-  if (static_cast<size_t>(status.st_size) == what.total_bytes) return;
-  if (what.reads) {
+  if (::fstat(file.fd, &status) != 0) fail("fstat " + file.path);
+  if (static_cast<size_t>(status.st_size) / 4096 * 4096 == file.bytes) return;
+  if (options.reads()) {
     errno = EINVAL;
-    fail("read " + path + ", which has another size");
+    fail("read " + file.path + ", which has another size");
   }
-  if (::ftruncate(fd, 0) != 0) fail("ftruncate " + path);
-  transfer(fd, what, [] {});
-  if (::fsync(fd) != 0) fail("fsync " + path);
+  if (::ftruncate(file.fd, 0) != 0) fail("ftruncate " + file.path);
+  transfer(parts_of({file}, options.block_bytes), options, memory, [] {});
+  if (::fsync(file.fd) != 0) fail("fsync " + file.path);
 }
 
-void measure(const std::string& mode, const std::string& path, Transfer what) {
-  what.memory = allocate(what.block_bytes * what.threads);
-  const bool fresh = mode == "fresh";
-  bool direct = false;
-  if (fresh && ::unlink(path.c_str()) != 0 && errno != ENOENT) fail("unlink " + path);
-  const int flags = what.reads ? O_RDONLY : O_RDWR | O_CREAT;
-  const int fd = open_file(path, flags, direct);
-  if (!fresh) prepare(fd, path, what);
-  if (what.reads) ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+void allocate(const OpenFile& file) {
+  if (::fallocate(file.fd, 0, 0, static_cast<off_t>(file.bytes)) != 0 && errno != EOPNOTSUPP)
+    fail("fallocate " + file.path);
+}
+
+void measure(const Options& options, std::vector<OpenFile> files) {
+  std::byte* const memory = allocate(options.block_bytes * options.threads);
+  const bool fresh = options.mode == "fresh";
+  bool all_direct = true;
+  for (OpenFile& file : files) {
+    bool direct = false;
+    if (fresh && ::unlink(file.path.c_str()) != 0 && errno != ENOENT) fail("unlink " + file.path);
+    file.fd = open_file(file.path, options.reads() ? O_RDONLY : O_RDWR | O_CREAT, direct);
+    if (!fresh) prepare(file, options, memory);
+    if (options.reads()) ::posix_fadvise(file.fd, 0, 0, POSIX_FADV_DONTNEED);
+    all_direct = all_direct && direct;
+  }
 
   Clock::time_point start;
-  transfer(fd, what, [&] {
+  transfer(parts_of(files, options.block_bytes), options, memory, [&] {
     start = Clock::now();
-    if (fresh && ::fallocate(fd, 0, 0, static_cast<off_t>(what.total_bytes)) != 0 &&
-        errno != EOPNOTSUPP)
-      fail("fallocate " + path);
+    if (fresh)
+      for (const OpenFile& file : files) allocate(file);
   });
-  if (!what.reads && ::fdatasync(fd) != 0) fail("fdatasync " + path);
+  if (!options.reads())
+    for (const OpenFile& file : files)
+      if (::fdatasync(file.fd) != 0) fail("fdatasync " + file.path);
   const auto took = std::chrono::nanoseconds(Clock::now() - start).count();
 
-  if (::close(fd) != 0) fail("close " + path);
+  for (const OpenFile& file : files)
+    if (::close(file.fd) != 0) fail("close " + file.path);
   std::printf("{\"ns\": %lld, \"direct\": %s}\n", static_cast<long long>(took),
-              direct ? "true" : "false");
+              all_direct ? "true" : "false");
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string mode = argc > 1 ? argv[1] : "";
-  if (argc != 6 || (mode != "overwrite" && mode != "fresh" && mode != "read")) {
-    std::fputs("usage: disk_loop overwrite|fresh|read PATH BYTES BLOCK_BYTES THREADS\n", stderr);
+  const Options options{.mode = argc > 1 ? argv[1] : "",
+                        .block_bytes = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0,
+                        .threads = argc > 3 ? static_cast<unsigned>(std::atoi(argv[3])) : 0};
+  const bool known =
+      options.mode == "overwrite" || options.mode == "fresh" || options.mode == "read";
+  if (argc < 5 || !known || options.block_bytes % 4096 || !options.block_bytes ||
+      !options.threads) {
+    std::fputs("usage: disk_loop overwrite|fresh|read BLOCK_BYTES THREADS PATH:BYTES...\n", stderr);
     return 2;
   }
-  Transfer what{.reads = mode == "read",
-                .total_bytes = std::strtoull(argv[3], nullptr, 10),
-                .block_bytes = std::strtoull(argv[4], nullptr, 10),
-                .threads = static_cast<unsigned>(std::strtoul(argv[5], nullptr, 10)),
-                .memory = nullptr};
-  if (what.total_bytes % 4096 || what.block_bytes % 4096 || !what.block_bytes || !what.threads) {
-    std::fputs("disk_loop: BYTES and BLOCK_BYTES are multiples of 4096, THREADS at least 1\n",
-               stderr);
-    return 2;
+  std::vector<OpenFile> files;
+  for (int i = 4; i < argc; ++i) {
+    const std::string word = argv[i];
+    const size_t colon = word.rfind(':');
+    if (colon == std::string::npos) {
+      std::fprintf(stderr, "disk_loop: %s has no :BYTES\n", argv[i]);
+      return 2;
+    }
+    files.push_back({word.substr(0, colon),
+                     std::strtoull(word.c_str() + colon + 1, nullptr, 10) / 4096 * 4096});
   }
-  measure(mode, argv[2], what);
+  measure(options, std::move(files));
   return 0;
 }
