@@ -1,10 +1,10 @@
 #include "cpp/recovery.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
@@ -58,49 +58,133 @@ std::vector<BlockTask> tasks_of(std::span<const VerifiedFile> files,
   return tasks;
 }
 
-void run_task(const BlockTask& task, std::span<std::byte> buffer) {
+uint64_t offset_of(const BlockTask& task) {
+  return task.file->grid_begin + task.index * task.file->block_bytes;
+}
+
+size_t size_of(const BlockTask& task) {
+  return static_cast<size_t>(
+      std::min<uint64_t>(task.file->block_bytes, task.file->size_bytes - offset_of(task)));
+}
+
+void verify_and_scatter(const BlockTask& task, std::span<const std::byte> block) {
   const VerifiedFile& file = *task.file;
-  const uint64_t offset = file.grid_begin + task.index * file.block_bytes;
-  const auto block = buffer.first(
-      static_cast<size_t>(std::min<uint64_t>(file.block_bytes, file.size_bytes - offset)));
-  file.file->pread(block, offset);
-  if (crc32c(0, block) != file.block_sums[task.index])
+  if (crc32c(0, block) != file.block_sums[task.index]) {
+    const uint64_t offset = offset_of(task);
     throw CorruptCheckpoint("block " + std::to_string(task.index) + " of " + file.path +
                             " (bytes " + std::to_string(offset) + " to " +
                             std::to_string(offset + block.size()) +
                             ") does not match its checksum");
+  }
   for (const BlockTask::Part& part : task.parts)
     std::memcpy(part.to, block.data() + part.in_block, part.bytes);
 }
 
-void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads) {
-  if (tasks.empty()) return;
-  uint64_t block_bytes = 0;
-  for (const BlockTask& task : tasks) block_bytes = std::max(block_bytes, task.file->block_bytes);
-  const size_t workers = std::clamp<size_t>(threads, 1, tasks.size());
-  const std::unique_ptr<SlotMemory> memory = allocate_host_slots(workers * block_bytes);
-
-  // Relaxed: the counter only deals out indices, the joins order everything else.
-  std::atomic<size_t> next = 0;
-  std::mutex mutex;  // guards error
-  std::exception_ptr error;
-  const auto work = [&](size_t worker) {
-    const auto buffer = memory->bytes().subspan(worker * block_bytes, block_bytes);
-    try {
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();)
-        run_task(tasks[i], buffer);
-    } catch (...) {
-      next.store(tasks.size(), std::memory_order_relaxed);  // the others stop soon
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
-  {
-    std::vector<std::jthread> others;
-    for (size_t worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
-    work(0);
+// Readers fill buffers, checkers empty them: a device that ends several reads at once is given the
+// next ones before any of these is summed.
+class BlockReading {
+ public:
+  BlockReading(const std::vector<BlockTask>& tasks, unsigned threads) : tasks_(tasks) {
+    for (const BlockTask& task : tasks)
+      buffer_bytes_ = std::max<size_t>(buffer_bytes_, task.file->block_bytes);
+    readers_ = std::clamp<size_t>(threads, 1, tasks.size());
+    const size_t buffers = std::min(tasks.size(), readers_ + kCheckers + kBuffersBetween);
+    memory_ = allocate_host_slots(buffers * buffer_bytes_);
+    for (size_t i = buffers; i-- > 0;) free_.push_back(i);
   }
-  if (error) std::rethrow_exception(error);
+
+  // Returns when all tasks are done; throws the first error.
+  void run() {
+    {
+      std::vector<std::jthread> threads;
+      for (size_t i = 0; i < readers_; ++i)
+        threads.emplace_back([this] { work(&BlockReading::read_one); });
+      for (size_t i = 1; i < kCheckers; ++i)
+        threads.emplace_back([this] { work(&BlockReading::check_one); });
+      work(&BlockReading::check_one);
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static constexpr size_t kCheckers = 2;
+  static constexpr size_t kBuffersBetween = 2;
+
+  struct Filled {
+    const BlockTask* task;
+    size_t buffer;
+  };
+
+  // Calls `one` until it returns false; the first error ends all.
+  void work(bool (BlockReading::*one)()) {
+    try {
+      while ((this->*one)()) {
+      }
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      changed_.notify_all();
+    }
+  }
+
+  bool read_one() {
+    size_t buffer, task;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return error_ || next_ == tasks_.size() || !free_.empty(); });
+      if (error_ || next_ == tasks_.size()) return false;
+      buffer = free_.back();
+      free_.pop_back();
+      task = next_++;
+    }
+    tasks_[task].file->file->pread(contents(buffer, tasks_[task]), offset_of(tasks_[task]));
+    {
+      const std::lock_guard lock(mutex_);
+      filled_.push_back({&tasks_[task], buffer});
+    }
+    changed_.notify_all();
+    return true;
+  }
+
+  bool check_one() {
+    Filled filled;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return error_ || done_ == tasks_.size() || !filled_.empty(); });
+      if (error_ || filled_.empty()) return false;
+      filled = filled_.front();
+      filled_.pop_front();
+      ++done_;
+    }
+    verify_and_scatter(*filled.task, contents(filled.buffer, *filled.task));
+    {
+      const std::lock_guard lock(mutex_);
+      free_.push_back(filled.buffer);
+    }
+    changed_.notify_all();
+    return true;
+  }
+
+  std::span<std::byte> contents(size_t buffer, const BlockTask& task) const {
+    return memory_->bytes().subspan(buffer * buffer_bytes_, size_of(task));
+  }
+
+  const std::vector<BlockTask>& tasks_;
+  size_t buffer_bytes_ = 0;
+  size_t readers_ = 0;
+  std::unique_ptr<SlotMemory> memory_;
+
+  std::mutex mutex_;  // guards everything below
+  std::condition_variable changed_;
+  std::vector<size_t> free_;  // a stack: the buffer used last is the likeliest to be cached
+  std::deque<Filled> filled_;
+  size_t next_ = 0;  // task to be read
+  size_t done_ = 0;  // tasks taken by a checker
+  std::exception_ptr error_;
+};
+
+void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads) {
+  if (!tasks.empty()) BlockReading(tasks, threads).run();
 }
 
 std::vector<std::byte> read_small(Directory& directory, const char* name,

@@ -19,7 +19,7 @@ from pccheck_ext.layers import ROOT_LAYER, unwrap
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
-READ_THREADS = 4
+READ_THREADS = 6
 SUPPORTED_VERSION = 1
 
 
