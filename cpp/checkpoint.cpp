@@ -55,6 +55,7 @@ void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
                                   " was handed over already");
     require_fit("layer " + std::to_string(layer), layout_->layers()[layer], hand_over);
     if (error_) return;
+    for (const Source& source : hand_over.sources) bytes_handed_over_ += source.bytes;
     handed_over_[layer] = std::move(hand_over);
   }
   bells_.stager();
@@ -77,6 +78,7 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
       require_fit("the addition", addition->layout->layers()[0], addition->hand_over);
     }
     sealed_ = true;
+    updating_ = false;
     if (error_) return;  // nobody waits for it; the engine may have ended with the checkpoint
     manifest_ = std::move(manifest);
     if (addition) {
@@ -87,6 +89,20 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
   }
   bells_.stager();
   bells_.committer();
+}
+
+void Checkpoint::update_began() {
+  const std::lock_guard lock(mutex_);
+  updating_ = true;
+}
+
+void Checkpoint::update_ended() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!updating_ || error_) return;
+    updating_ = false;
+  }
+  bells_.stager();
 }
 
 void Checkpoint::fail(std::exception_ptr error) {
@@ -200,6 +216,12 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
   if (layer < own) return Work{&layout_->layers()[layer], layout_.get(), 0, layer == 0, hand_over};
   return Work{&addition_->layers()[0], addition_.get(),
               static_cast<uint32_t>(layout_->files().size()), true, hand_over};
+}
+
+std::optional<uint64_t> Checkpoint::bytes_updated() const {
+  const std::lock_guard lock(mutex_);
+  if (!updating_) return std::nullopt;
+  return bytes_handed_over_;
 }
 
 void Checkpoint::layer_staged() {

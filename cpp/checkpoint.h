@@ -115,6 +115,12 @@ class Checkpoint {
   // std::invalid_argument when the addition does not fit its plan or this checkpoint.
   void seal(std::vector<std::byte> manifest, std::optional<Addition> addition);
 
+  // While the optimizer's update runs, which needs the processor and its memory, a stager that
+  // needs them too makes little use of them: see Stager. The update ends with the seal at the
+  // latest.
+  void update_began();
+  void update_ended();
+
   bool awaits_seal() const;  // neither sealed nor failed
 
   // Any thread. The first error counts; a checkpoint that has ended stays as it is, and so does one
@@ -147,6 +153,7 @@ class Checkpoint {
   // The next layer in layout order, if it was handed over.
   std::optional<Work> next_layer();
   bool in_a_hurry() const;
+  std::optional<uint64_t> bytes_updated() const;  // handed over, while the update runs
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
@@ -203,9 +210,11 @@ class Checkpoint {
   std::deque<std::optional<HandOver>> handed_over_;  // seal() adds; the others stay in place
   std::shared_ptr<const Layout> addition_;
   std::vector<std::byte> manifest_;
+  uint64_t bytes_handed_over_ = 0;
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;
+  bool updating_ = false;
   bool hurry_ = false;
   bool sealed_ = false;
   bool manifest_is_durable_ = false;

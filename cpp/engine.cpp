@@ -6,6 +6,7 @@ namespace pccheck {
 namespace {
 
 constexpr unsigned kMaxWriters = 256;
+constexpr unsigned kUnsparedAfterAHurry = 16;
 
 EngineOptions checked(EngineOptions options) {
   if (options.writer_threads == 0 || options.writer_threads > kMaxWriters)
@@ -56,7 +57,7 @@ bool Engine::wait_idle(Clock::time_point until) const {
 
 std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
                                           std::shared_ptr<const Layout> layout,
-                                          std::unique_ptr<Target> target) {
+                                          std::unique_ptr<Target> target, bool during_update) {
   if (const std::exception_ptr unknown = committer_.outcome_unknown())
     std::rethrow_exception(unknown);
   if (newest_ && newest_->awaits_seal())
@@ -70,9 +71,12 @@ std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
         "staging memory of " + std::to_string(staging_bytes()) + " bytes holds " +
         std::to_string(pool_.slot_count()) + " blocks of " + std::to_string(options_.block_bytes) +
         "; this state needs at least " + std::to_string(layout->open_blocks() + 1));
+  if (unspared_ > 0) --unspared_;
+  if (newest_ && newest_->in_a_hurry()) unspared_ = kUnsparedAfterAHurry;
   newest_ = std::make_shared<Checkpoint>(
       identity, std::move(name), std::move(layout), std::move(target),
       Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }});
+  if (during_update && unspared_ == 0) newest_->update_began();
   committer_.add(newest_);
   stager_.add(newest_);
   return newest_;

@@ -43,12 +43,15 @@ class Engine {
   // False when `until` has passed and still `max_in_flight` checkpoints are in flight.
   bool wait_room(Clock::time_point until) const;
 
+  // `during_update`: until update_ended() the optimizer needs the processor. It is not spared where
+  // training has lately had to wait for the staging.
+  //
   // Throws std::logic_error when there is no room (see wait_room) or the one before is not sealed,
   // std::invalid_argument when the layout needs more slots than the pool has, OutcomeUnknown after
   // a publication whose result is unknown.
   std::shared_ptr<Checkpoint> begin(Identity identity, std::string name,
                                     std::shared_ptr<const Layout> layout,
-                                    std::unique_ptr<Target> target);
+                                    std::unique_ptr<Target> target, bool during_update = false);
 
   // Fails the checkpoint that was begun last if it was never sealed; nobody may wait for it then.
   void abandon_unsealed();
@@ -78,7 +81,8 @@ class Engine {
   Stager stager_;
   WriterPool writers_;
   Committer committer_;
-  std::shared_ptr<Checkpoint> newest_;  // the caller's thread only
+  std::shared_ptr<Checkpoint> newest_;  // both the caller's thread only
+  unsigned unspared_ = 0;               // checkpoints to come that are not held back by updates
 
   // Last: they stop before anything they use goes away.
   std::vector<std::unique_ptr<WorkerThread>> threads_;

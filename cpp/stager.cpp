@@ -17,6 +17,10 @@ constexpr size_t kSubmissionBytes = size_t{2} << 20;
 // writers never to wait.
 constexpr size_t kBlocksAhead = 2;
 
+// While an update runs, one block in so many is staged: on few processors each takes more time from
+// the update, all of whose threads wait for the last of them, than it would take afterwards.
+constexpr uint64_t kUpdateShare = 32;
+
 }  // namespace
 
 Stager::Stager(StagingPool& pool, Copier& copier, BlockQueue& full)
@@ -32,12 +36,18 @@ std::shared_ptr<Checkpoint> Stager::current() {
   return checkpoints_.empty() ? nullptr : checkpoints_.front();
 }
 
+void Stager::forget_current() {
+  blocks_begun_ = 0;
+  const std::lock_guard lock(mutex_);
+  checkpoints_.pop_front();
+}
+
 bool Stager::run_one() noexcept {
   if (reap()) return true;
   const std::shared_ptr<Checkpoint> checkpoint = current();
   if (!checkpoint) return false;
   if (checkpoint->error()) return abandon(checkpoint);
-  if (is_far_ahead(*checkpoint)) return false;
+  if (has_time(*checkpoint)) return false;
   try {
     if (stage_more(checkpoint)) return true;
   } catch (...) {
@@ -45,15 +55,16 @@ bool Stager::run_one() noexcept {
     return true;
   }
   if (!checkpoint->staging_ended()) return false;
-  const std::lock_guard lock(mutex_);
-  checkpoints_.pop_front();
+  forget_current();
   return true;
 }
 
 // A device copies into memory, and while training goes on it has better to do than to wait.
-bool Stager::is_far_ahead(const Checkpoint& checkpoint) const {
-  return copier_.sums_while_copying() && full_.waiting() >= kBlocksAhead &&
-         !checkpoint.in_a_hurry();
+bool Stager::has_time(const Checkpoint& checkpoint) const {
+  if (!copier_.sums_while_copying() || checkpoint.in_a_hurry()) return false;
+  if (full_.waiting() >= kBlocksAhead) return true;
+  const std::optional<uint64_t> updated = checkpoint.bytes_updated();
+  return updated && blocks_begun_ > *updated / kUpdateShare / pool_.slot_bytes();
 }
 
 bool Stager::reap() {
@@ -93,10 +104,7 @@ bool Stager::abandon(const std::shared_ptr<Checkpoint>& checkpoint) {
   open_.clear();
   layer_.reset();
   headers_left_ = false;
-  {
-    const std::lock_guard lock(mutex_);
-    checkpoints_.pop_front();
-  }
+  forget_current();
   checkpoint->stop_staging();
   return true;
 }
@@ -148,6 +156,7 @@ Block* Stager::open_block(const std::shared_ptr<Checkpoint>& checkpoint, const R
     if (block->file == file_index && block->index == index) return block.get();
   std::optional<SlotLease> slot = pool_.try_acquire();
   if (!slot) return nullptr;
+  ++blocks_begun_;
   const uint64_t begin = layout.block_offset(run.file, index);
   open_.push_back(std::make_unique<Block>(checkpoint, file_index, index,
                                           layout.block_size(run.file, index), std::move(*slot)));

@@ -1,7 +1,8 @@
 // Copies layers from live tensors into slots, checkpoint by checkpoint, layer by layer in layout
 // order, and passes each block on to the writers the moment it is full. Where the processor copies
 // it keeps just ahead of the writers, until somebody waits at a gate: then it needs nothing but
-// free slots.
+// free slots. While an update
+// runs it stages a small share of what was handed over, and the rest afterwards.
 //
 // add() may be called on any thread; everything else runs on the stager's own.
 #pragma once
@@ -35,7 +36,8 @@ class Stager final : public Worker {
   };
 
   std::shared_ptr<Checkpoint> current();
-  bool is_far_ahead(const Checkpoint& checkpoint) const;
+  void forget_current();
+  bool has_time(const Checkpoint& checkpoint) const;
   bool reap();
   void complete(const Submission& submission);
   bool stage_more(const std::shared_ptr<Checkpoint>& checkpoint);
@@ -54,6 +56,8 @@ class Stager final : public Worker {
 
   std::vector<std::unique_ptr<Block>> open_;  // being filled: a handful, see Layout::open_blocks
   std::deque<Submission> under_way_;
+
+  size_t blocks_begun_ = 0;  // of the checkpoint being staged
 
   // The layer being staged, and how far.
   std::optional<Checkpoint::Work> layer_;

@@ -40,6 +40,7 @@ class Ticket:
         addition: Layout | None = None,
         tensors: Sequence[torch.Tensor] = (),
     ) -> None: ...
+    def update_ended(self) -> None: ...
     def abandon(self, reason: str) -> None: ...
     def open_gate(self, layer: int) -> None:
         """Return when the layer is staged; a change found since its hand-over fails the ticket."""
@@ -75,8 +76,16 @@ class Session:
         verify_staged: bool = False,
     ) -> None: ...
     def begin(
-        self, name: str, step: int, run_id: bytes, save_id: bytes, layout: Layout
-    ) -> Ticket: ...
+        self,
+        name: str,
+        step: int,
+        run_id: bytes,
+        save_id: bytes,
+        layout: Layout,
+        during_update: bool = False,
+    ) -> Ticket:
+        """`during_update`: the optimizer needs the processor until `Ticket.update_ended`."""
+
     def set_aside_after(self, step: int) -> list[str]: ...
     def close(self) -> str | None:
         """Finish what was sealed; returns what could not be cleared up, if anything."""

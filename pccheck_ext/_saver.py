@@ -153,7 +153,8 @@ class StepSaver:
             plan = self._plan
             if plan is None or not plan.still_fits(self.optimizer):
                 return False  # planned once the step has made its state
-            self._begun = self._begin(step_id(self.step + 1), self.step + 1, plan)
+            name = step_id(self.step + 1)
+            self._begun = self._begin(name, self.step + 1, plan, during_update=True)
             return self._begun is not None
         finally:
             self.stall_s += time.perf_counter() - start
@@ -240,6 +241,7 @@ class StepSaver:
         """Hand over what is left and read what belongs to the step. False: the plan is outdated."""
         try:
             self._hand_over_rest(begun)
+            begun.ticket.update_ended()
             self._pending = (begun, self._read_at_step(begun.plan))
         except PlanChangedError:
             self._give_up(begun, "the set of tensors changed during the step")
@@ -268,7 +270,9 @@ class StepSaver:
                 self._plan = plan
         return self._begin(name, self.step, plan)
 
-    def _begin(self, name: str, step: int, plan: SavePlan) -> _Begun | None:
+    def _begin(
+        self, name: str, step: int, plan: SavePlan, *, during_update: bool = False
+    ) -> _Begun | None:
         """None where the checkpoint cannot be begun and `on_error` lets training go on."""
         for older in [*self._in_flight, *self._dropped]:
             if older.name == name:
@@ -277,7 +281,9 @@ class StepSaver:
             if self._first_save:
                 self._set_aside(self._origin)
                 self._first_save = False
-            ticket = self.session.begin(name, step, self.run_id, os.urandom(16), plan.layout)
+            ticket = self.session.begin(
+                name, step, self.run_id, os.urandom(16), plan.layout, during_update
+            )
         except (OSError, RuntimeError) as error:
             self._report(f"checkpoint {name} could not be begun: {error}", error)
             return None

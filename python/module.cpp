@@ -167,6 +167,7 @@ void bind_save(py::module_& module) {
              const std::vector<at::Tensor>& tensors) { ticket.seal(manifest, addition, tensors); },
           py::arg("manifest"), py::arg("addition") = nullptr,
           py::arg("tensors") = std::vector<at::Tensor>())
+      .def("update_ended", &Ticket::update_ended)
       .def("abandon", &Ticket::abandon, py::arg("reason"))
       .def("open_gate", &Ticket::open_gate, py::arg("layer"))
       .def("open_all_gates", &Ticket::open_all_gates)
@@ -184,11 +185,12 @@ void bind_save(py::module_& module) {
       .def(
           "begin",
           [](Session& session, const std::string& name, uint64_t step, const py::bytes& run_id,
-             const py::bytes& save_id, const std::shared_ptr<Layout>& layout) {
-            return session.begin(name, {step, id_from(run_id), id_from(save_id)}, layout);
+             const py::bytes& save_id, const std::shared_ptr<Layout>& layout, bool during_update) {
+            return session.begin(name, {step, id_from(run_id), id_from(save_id)}, layout,
+                                 during_update);
           },
           py::arg("name"), py::arg("step"), py::arg("run_id"), py::arg("save_id"),
-          py::arg("layout"), py::keep_alive<0, 1>())
+          py::arg("layout"), py::arg("during_update") = false, py::keep_alive<0, 1>())
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
       .def("close", &Session::close)
       .def_property_readonly("is_open", &Session::is_open)

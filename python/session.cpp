@@ -165,12 +165,12 @@ ManualCopier& Session::manual_copier() {
 }
 
 std::shared_ptr<Ticket> Session::begin(const std::string& name, Identity identity,
-                                       std::shared_ptr<const Layout> layout) {
+                                       std::shared_ptr<const Layout> layout, bool during_update) {
   Engine& engine = this->engine();
   wait_interruptibly([&](Clock::time_point until) { return engine.wait_room(until); });
   reap();
   std::shared_ptr<Checkpoint> checkpoint =
-      engine.begin(identity, name, layout, make_directory_target(run_, name));
+      engine.begin(identity, name, layout, make_directory_target(run_, name), during_update);
   tickets_.push_back(std::make_shared<Ticket>(*this, std::move(checkpoint), std::move(layout)));
   return tickets_.back();
 }

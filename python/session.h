@@ -49,6 +49,7 @@ class Ticket {
   void hand_over(size_t layer, const std::vector<at::Tensor>& tensors);
   void seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
             const std::vector<at::Tensor>& tensors);
+  void update_ended() { checkpoint_->update_ended(); }
   void abandon(const std::string& reason);
 
   // Waits until the layer is staged, then opens its gate. Never throws for the checkpoint's
@@ -90,7 +91,7 @@ class Session {
   ~Session();
 
   std::shared_ptr<Ticket> begin(const std::string& name, Identity identity,
-                                std::shared_ptr<const Layout> layout);
+                                std::shared_ptr<const Layout> layout, bool during_update);
   std::vector<std::string> set_aside_after(uint64_t step);
 
   // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
