@@ -44,6 +44,14 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes // MIB} MiB" if size_bytes >= MIB else f"{size_bytes // KIB} KiB"
 
 
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Instrument(Protocol):
     """One way to measure the disk."""
 
@@ -70,8 +78,9 @@ class Fio:
     def seconds(self, operation: Operation, files: Files) -> float:
         ((path, size_bytes),) = files
         # fio lays the file out, or fallocates it, before its clock starts.
-        if operation == "fresh":
-            path.unlink(missing_ok=True)
+        if operation == "fresh" and path.exists():
+            path.unlink()
+            sync_folder(path.parent)  # what deleting costs must not meet the measurement
         reads = operation == "read"
         each = size_bytes // self.jobs
         arguments = {

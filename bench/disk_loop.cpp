@@ -61,6 +61,17 @@ std::byte* allocate(size_t bytes) {
   return static_cast<std::byte*>(memory);
 }
 
+// What deleting costs must not meet the next measurement.
+void remove_durably(const std::string& path) {
+  if (::unlink(path.c_str()) != 0) {
+    if (errno == ENOENT) return;
+    fail("unlink " + path);
+  }
+  const std::string folder = path.substr(0, path.rfind('/') + 1);
+  const int fd = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0 || ::fsync(fd) != 0 || ::close(fd) != 0) fail("fsync of the folder of " + path);
+}
+
 struct OpenFile {
   std::string path;
   size_t bytes;
@@ -147,7 +158,7 @@ void measure(const Options& options, std::vector<OpenFile> files) {
   bool all_direct = true;
   for (OpenFile& file : files) {
     bool direct = false;
-    if (fresh && ::unlink(file.path.c_str()) != 0 && errno != ENOENT) fail("unlink " + file.path);
+    if (fresh) remove_durably(file.path);
     file.fd = open_file(file.path, options.reads() ? O_RDONLY : O_RDWR | O_CREAT, direct);
     if (!fresh) prepare(file, options, memory);
     if (options.reads()) ::posix_fadvise(file.fd, 0, 0, POSIX_FADV_DONTNEED);

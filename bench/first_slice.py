@@ -46,7 +46,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
-from _disk import MIB, Disk, Files, Instrument, Operation, describe
+from _disk import MIB, Disk, Files, Instrument, Operation, describe, sync_folder
 from _stats import Goal, Interval, bootstrap, in_turn, paired_differences, paired_ratios
 from torch import Tensor, nn
 
@@ -307,14 +307,6 @@ def flat(tree: Any, path: str = "") -> dict[str, Tensor]:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else ()
     return {k: v for key, value in items for k, v in flat(value, f"{path}/{key}").items()}
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def forget(path: Path) -> None:

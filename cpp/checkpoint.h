@@ -153,7 +153,9 @@ class Checkpoint {
   // The next layer in layout order, if it was handed over.
   std::optional<Work> next_layer();
   bool in_a_hurry() const;
-  std::optional<uint64_t> bytes_updated() const;  // handed over, while the update runs
+  // While the update runs, how many blocks may have been begun: one, and one more for each so many
+  // handed over.
+  std::optional<size_t> blocks_during_update() const;
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
@@ -192,6 +194,7 @@ class Checkpoint {
   File& file(uint32_t index);
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
   void begin_publishing();
+  size_t share_for_update() const;
   template <typename Condition>
   bool wait_at_gate(Clock::time_point until, Condition staged);
 
@@ -210,6 +213,7 @@ class Checkpoint {
   std::deque<std::optional<HandOver>> handed_over_;  // seal() adds; the others stay in place
   std::shared_ptr<const Layout> addition_;
   std::vector<std::byte> manifest_;
+  size_t layers_handed_over_ = 0;
   uint64_t bytes_handed_over_ = 0;
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;

@@ -17,10 +17,6 @@ constexpr size_t kSubmissionBytes = size_t{2} << 20;
 // writers never to wait.
 constexpr size_t kBlocksAhead = 2;
 
-// While an update runs, one block in so many is staged: on few processors each takes more time from
-// the update, all of whose threads wait for the last of them, than it would take afterwards.
-constexpr uint64_t kUpdateShare = 32;
-
 }  // namespace
 
 Stager::Stager(StagingPool& pool, Copier& copier, BlockQueue& full)
@@ -63,8 +59,8 @@ bool Stager::run_one() noexcept {
 bool Stager::has_time(const Checkpoint& checkpoint) const {
   if (!copier_.sums_while_copying() || checkpoint.in_a_hurry()) return false;
   if (full_.waiting() >= kBlocksAhead) return true;
-  const std::optional<uint64_t> updated = checkpoint.bytes_updated();
-  return updated && blocks_begun_ > *updated / kUpdateShare / pool_.slot_bytes();
+  const std::optional<size_t> allowed = checkpoint.blocks_during_update();
+  return allowed && blocks_begun_ >= *allowed;
 }
 
 bool Stager::reap() {
@@ -203,6 +199,8 @@ bool Stager::submit(const std::shared_ptr<Checkpoint>& checkpoint) {
       ++run_;
       run_done_ = 0;
     }
+    // What is copied here and now is passed on as soon as there is a block of it.
+    if (copier_.sums_while_copying() && in_block + part == block->bytes) break;
   }
   if (pieces_.empty() && out_of_slots) return false;
   submission.ends_layer = run_ == runs.size();

@@ -1,6 +1,7 @@
 #include "cpp/worker.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -29,10 +30,13 @@ class AllSignalsBlocked {
 constexpr std::chrono::microseconds kLookAgainAfter{100};
 
 // Training comes first where processors are scarce: an optimizer's update on the CPU must not be
-// shared half and half with the copying of the layer before. Not the lowest priority, so that busy
-// data loaders cannot keep a gate shut. Advice: where it is refused, everything works the same.
+// shared half and half with the copying of the layer before, nor be interrupted by a wake-up, which
+// a batch thread does not do. Not the lowest priority, so that busy data loaders cannot keep a gate
+// shut. Advice: where it is refused, everything works the same.
 void give_way() {
   constexpr int kNicer = 10;
+  const sched_param none{};
+  ::pthread_setschedparam(::pthread_self(), SCHED_BATCH, &none);
   const auto thread = static_cast<id_t>(::gettid());
   errno = 0;
   const int now = ::getpriority(PRIO_PROCESS, thread);

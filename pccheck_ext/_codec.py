@@ -40,6 +40,7 @@ __all__ = [
     "DecodeError",
     "EncodeError",
     "JSONValue",
+    "Written",
     "decode",
     "dumps",
     "encode",
@@ -132,6 +133,16 @@ def dumps(node: JSONValue) -> bytes:
     return "".join(parts).encode("ascii")
 
 
+class Written:
+    """JSON text of a node, made once, to stand for it at one level of what ``dumps`` is given."""
+
+    def __init__(self, node: JSONValue, level: int) -> None:
+        parts: list[str] = []
+        _write(node, level, parts)
+        self.level = level
+        self.text = "".join(parts)
+
+
 def loads(data: bytes) -> JSONValue:
     """Return the JSON value of UTF-8 text; raises DecodeError for anything loose.
 
@@ -164,10 +175,15 @@ def loads(data: bytes) -> JSONValue:
 _compact = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(", ", ": "))
 
 
-def _write(node: JSONValue, level: int, parts: list[str]) -> None:
+def _write(node: JSONValue | Written, level: int, parts: list[str]) -> None:
     """Append the text of ``node``: only the outer levels are laid out here, as json.dumps is many
     times slower with an indent."""
     entries: Iterable[tuple[str, JSONValue]]
+    if isinstance(node, Written):
+        if node.level != level:
+            raise ValueError(f"text written for level {node.level} stands at level {level}")
+        parts.append(node.text)
+        return
     if type(node) is dict and node and level < _OPEN_LEVELS and not _is_tagged(node):
         opening, closing = "{}"
         for key in node:

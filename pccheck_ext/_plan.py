@@ -75,7 +75,7 @@ class SavePlan:
     layout: _C.Layout
     tensors: list[PlannedTensor]
     by_layer: list[list[PlannedTensor]]  # in the order in which the layout wants them
-    static_manifest: dict[str, Any]  # what is the same for every checkpoint of this plan
+    static_manifest: dict[str, _codec.Written]  # the same for every checkpoint of this plan
     state_sizes: list[list[_StateOf]]
     groups: list[list[int]]  # ids of the parameters; `names` keeps them from being used again
     grouping: object  # the optimizer's, of parameters into layers: replaced, never changed
@@ -407,12 +407,15 @@ class _Builder:
             tensors=order,
             by_layer=by_layer,
             static_manifest={
-                "layers": [_describe(layer, entries) for layer, entries in described.items()],
-                "aliases": dict(self.aliases),
-                "parameters": [
-                    [self.names[p] for p in group["params"]]
-                    for group in self.optimizer.param_groups
-                ],
+                "layers": _codec.Written([_describe(*layer) for layer in described.items()], 1),
+                "aliases": _codec.Written(dict(self.aliases), 1),
+                "parameters": _codec.Written(
+                    [
+                        [self.names[p] for p in group["params"]]
+                        for group in self.optimizer.param_groups
+                    ],
+                    2,
+                ),
             },
             state_sizes=self.state_sizes(),
             groups=_ids(self.optimizer),

@@ -26,14 +26,16 @@ HandOver Ticket::hold(size_t layer, const std::vector<at::Tensor>& tensors, cons
                                 std::to_string(tensors.size()));
   Held held{{}, std::make_unique<VersionWatch>(session_.options().verify_staged)};
   HandOver hand_over;
+  held.views.reserve(tensors.size());
+  hand_over.sources.reserve(tensors.size());
   bool on_device = false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorSpec& spec = layout.tensor(planned[i]).spec;
-    if (safetensors_dtype(tensors[i], spec.name) != spec.dtype)
+    const TensorView& view = held.views.emplace_back(tensors[i], spec.name);
+    if (view.dtype() != spec.dtype)
       throw std::invalid_argument("tensor '" + spec.name + "' was planned as " + spec.dtype);
-    held.views.emplace_back(tensors[i], spec.name);
-    hand_over.sources.push_back(held.views.back().source());
-    if (held.views.back().is_own_memory()) held.watch->add(tensors[i], spec.name);
+    hand_over.sources.push_back(view.source());
+    if (view.is_own_memory()) held.watch->add(view, spec.name);
     on_device = on_device || !tensors[i].is_cpu();
   }
   if (on_device)

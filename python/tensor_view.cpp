@@ -68,8 +68,8 @@ std::string_view safetensors_dtype(const at::Tensor& tensor, const std::string& 
   return dtype;
 }
 
-TensorView::TensorView(const at::Tensor& tensor, const std::string& name) {
-  safetensors_dtype(tensor, name);
+TensorView::TensorView(const at::Tensor& tensor, const std::string& name)
+    : dtype_(safetensors_dtype(tensor, name)) {
   is_own_memory_ = tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
   held_ = tensor.detach();
   if (!is_own_memory_) held_ = held_.resolve_conj().resolve_neg().contiguous();
@@ -79,8 +79,9 @@ Source TensorView::source() const {
   return {static_cast<const std::byte*>(held_.const_data_ptr()), held_.nbytes()};
 }
 
-void VersionWatch::add(const at::Tensor& tensor, std::string name) {
-  Watched watched{tensor.detach(), std::move(name), std::nullopt, 0};
+void VersionWatch::add(const TensorView& view, const std::string& name) {
+  const at::Tensor& tensor = view.tensor();  // detached, but with the original's version counter
+  Watched watched{tensor, &name, std::nullopt, 0};
   if (!tensor.is_inference()) watched.version = tensor._version();
   if (verify_bytes_) watched.crc = sum_of(tensor);
   watched_.push_back(std::move(watched));
@@ -90,7 +91,7 @@ std::string VersionWatch::changed() const {
   for (const Watched& watched : watched_) {
     const bool moved = watched.version && watched.tensor._version() != *watched.version;
     if (moved || (verify_bytes_ && sum_of(watched.tensor) != watched.crc))
-      return "tensor '" + watched.name +
+      return "tensor '" + *watched.name +
              "' was changed in place while its checkpoint was still reading it; change it before "
              "the optimizer's step, or call wait() first";
   }

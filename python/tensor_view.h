@@ -25,8 +25,11 @@ class TensorView {
 
   Source source() const;
   bool is_own_memory() const { return is_own_memory_; }
+  std::string_view dtype() const { return dtype_; }  // as safetensors names it
+  const at::Tensor& tensor() const { return held_; }
 
  private:
+  std::string_view dtype_;
   at::Tensor held_;  // detached: a Parameter whose .data is swapped does not take these bytes away
   bool is_own_memory_;
 };
@@ -36,13 +39,14 @@ class VersionWatch final : public SourceWatch {
  public:
   explicit VersionWatch(bool verify_bytes) : verify_bytes_(verify_bytes) {}
 
-  void add(const at::Tensor& tensor, std::string name);
+  // A view on a tensor's own memory; `name` must outlive the watch.
+  void add(const TensorView& view, const std::string& name);
   std::string changed() const override;
 
  private:
   struct Watched {
     at::Tensor tensor;
-    std::string name;
+    const std::string* name;
     std::optional<uint32_t> version;  // inference tensors have none
     uint32_t crc;
   };

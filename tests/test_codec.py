@@ -24,7 +24,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from pccheck_ext import _codec
-from pccheck_ext._codec import DecodeError, EncodeError, decode, dumps, encode, loads
+from pccheck_ext._codec import DecodeError, EncodeError, Written, decode, dumps, encode, loads
 
 NAN = float("nan")
 INF = float("inf")
@@ -559,6 +559,14 @@ def test_the_same_set_is_written_in_the_same_way_in_whatever_order_it_was_filled
 def test_dumps_refuses_what_is_not_json(node: Any) -> None:
     with pytest.raises(EncodeError):
         dumps(node)
+
+
+def test_text_written_before_stands_for_its_node_at_its_level_alone() -> None:
+    node = {"a": [[1, {"b": None}]], "c": [{"d": "\u00e9"}, {}], "e": {"f": [[], [2.5]]}}
+    assert dumps({"x": Written(node, 1), "y": 1}) == dumps({"x": node, "y": 1})
+    assert dumps({"x": {"y": Written(node, 2)}}) == dumps({"x": {"y": node}})
+    with pytest.raises(EncodeError, match="written for level 1 stands at level 2"):
+        dumps({"x": {"y": Written(node, 1)}})
 
 
 def test_dumps_refuses_a_node_that_contains_itself() -> None:

@@ -595,9 +595,9 @@ def test_one_checkpoint_more_than_may_be_in_flight_waits(held: Callable[..., Hel
     begin = case.trainer._saver._begin
     begun: list[tuple[str, float]] = []
 
-    def watched(name: str, *rest: Any) -> Any:
+    def watched(name: str, *rest: Any, **more: Any) -> Any:
         begun.append((f"begin {name}", case.released))
-        found = begin(name, *rest)
+        found = begin(name, *rest, **more)
         begun.append((f"begun {name}", case.released))
         return found
 

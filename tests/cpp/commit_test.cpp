@@ -63,6 +63,7 @@ TEST(Commit, AFileIsSyncedAfterItsLastWriteEvenWhenWritersOverlap) {
     --depth;
   };
   const Ticket ticket = begin_whole(hands, disk, 1, state);
+  ticket->wait_all_staged(Clock::now() + std::chrono::milliseconds(1));  // hurries the stager
   while (hands.stager.run_one()) {
   }
   hands.run();

@@ -29,6 +29,37 @@ TEST(HostCopier, HasCopiedAndSummedWhenSubmitReturns) {
   EXPECT_EQ(copier.submit({}, nullptr), first + 1);
 }
 
+// How often each kind is chosen in a hundred submissions whose copies take so long.
+size_t cached_of_a_hundred(StoreChoice& choice, double cached, double streamed) {
+  size_t chosen = 0;
+  for (int i = 0; i < 100; ++i) {
+    const Stores stores = choice.next();
+    chosen += stores == Stores::cached;
+    choice.took(stores, stores == Stores::cached ? cached : streamed);
+  }
+  return chosen;
+}
+
+TEST(StoreChoice, KeepsToTheCachesUntilTheyCostMuchMoreAndComesBack) {
+  StoreChoice choice;
+  EXPECT_GE(cached_of_a_hundred(choice, 1.0, 1.1), 95u);
+  EXPECT_GE(cached_of_a_hundred(choice, 1.3, 1.0), 95u) << "a little more is worth it";
+  cached_of_a_hundred(choice, 3.0, 1.0);  // long enough to forget the times before
+  EXPECT_LE(cached_of_a_hundred(choice, 3.0, 1.0), 5u);
+  for (int i = 0; i < 3; ++i) cached_of_a_hundred(choice, 1.0, 1.0);
+  EXPECT_GE(cached_of_a_hundred(choice, 1.0, 1.0), 95u) << "it tries the other kind again";
+}
+
+TEST(StoreChoice, ASlowCopyNowAndThenChangesNothing) {
+  StoreChoice choice;
+  cached_of_a_hundred(choice, 1.0, 1.0);
+  for (int i = 0; i < 100; ++i) {
+    const Stores stores = choice.next();
+    choice.took(stores, stores == Stores::cached && i % 4 != 0 ? 50.0 : 1.0);
+  }
+  EXPECT_GE(cached_of_a_hundred(choice, 1.0, 1.0), 95u);
+}
+
 TEST(ManualCopier, ReadsTheSourceAtTheReleaseNotAtTheSubmission) {
   Bytes from = to_bytes("early"), to(5);
   ManualCopier copier;

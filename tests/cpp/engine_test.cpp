@@ -280,6 +280,32 @@ TEST(Engine, AnUnknownOutcomeRefusesWhateverWouldFollow) {
   EXPECT_THROW(world.begin(2, state), OutcomeUnknown);
 }
 
+TEST(Engine, AnUpdateIsNotSparedWhereTrainingHasLatelyHadToWait) {
+  const State state = simple_state({400 * kBlockBytes});
+  World world(16);
+  const auto held_back = [&](uint64_t step) {
+    EXPECT_TRUE(world.engine->wait_room(in_a_minute()));
+    const Ticket ticket = world.engine->begin(identity_of(step), name_of_step(step), state.layout,
+                                              world.disk.target(step), true);
+    const bool held = ticket->blocks_during_update().has_value();
+    hand_over_all(*ticket, state);
+    ticket->seal(kManifest, std::nullopt);
+    EXPECT_TRUE(ticket->wait_finished(in_a_minute()));
+    return std::pair(ticket, held);
+  };
+  EXPECT_TRUE(held_back(1).second);
+  EXPECT_TRUE(held_back(2).second);
+  const Ticket waited = world.engine->begin(identity_of(3), name_of_step(3), state.layout,
+                                            world.disk.target(3), true);
+  EXPECT_FALSE(waited->wait_staged(0, Clock::now() + std::chrono::milliseconds(1)));
+  hand_over_all(*waited, state);
+  waited->seal(kManifest, std::nullopt);
+  EXPECT_FALSE(held_back(4).second);
+  uint64_t step = 5;
+  while (!held_back(step).second) ASSERT_LT(step++, 40u);
+  EXPECT_GT(step, 10u) << "a single step in between proves little";
+}
+
 TEST(Engine, FailuresUnderLoadEndTheirTicketsAndFreeEverySlot) {
   const State state = simple_state({5000, 3000, 100});
   World world(3, 3, 3);

@@ -45,6 +45,31 @@ TEST_F(Recycling, TheThirdCheckpointOverwritesTheFilesOfTheFirst) {
     EXPECT_EQ(inode_of(run.path(3) + "/" + files[i]), inodes[i]) << files[i];
 }
 
+TEST(RecyclingOnDisk, ADirectoryIsSyncedUnlessItsEntriesAreDurableAlready) {
+  Random random(1);
+  const State state = simple_state({20'000});
+  HostCopier copier;
+  RunOnDisk disk({.keep_last = 1, .max_spares = 1});
+  HandRun hands{4, kBlockBytes, copier, 1};
+  size_t synced = 0;  // of directories still called .partial
+  disk.before = [&](const Operation& operation) {
+    synced += operation.call == "sync" && operation.path.ends_with(".partial");
+  };
+  const auto syncs_of = [&](uint64_t step) {
+    synced = 0;
+    EXPECT_EQ(save(hands, disk, step, state)->state(), Checkpoint::State::committed);
+    return synced;
+  };
+  EXPECT_EQ(syncs_of(1), 1u);
+  EXPECT_EQ(syncs_of(2), 1u);
+  EXPECT_EQ(syncs_of(3), 0u) << "the first one's files, every one of them";
+  // A process that ended here has left its entries as they may be: synced when they are taken over.
+  synced = 0;
+  disk.reopen();
+  EXPECT_EQ(synced, 1u);
+  EXPECT_EQ(syncs_of(4), 0u);
+}
+
 TEST_F(Recycling, FilesOfOtherSizesAndNamesAreMadeToFit) {
   save_step(1, {20'000});
   save_step(2, {1});

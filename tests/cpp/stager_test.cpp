@@ -46,6 +46,7 @@ void expect_the_plan_on_disk(uint64_t seed, Copier& copier, ManualCopier* manual
     states.push_back(fill(first.layout, random));
     const State& state = states.back();
     tickets.push_back(hands.begin(step, state.layout, disk.target(step)));
+    if (below(random, 2) == 0) tickets.back()->update_began();
     std::vector<size_t> layers(state.tensors.size());
     for (size_t i = 0; i < layers.size(); ++i) layers[i] = i;
     std::ranges::shuffle(layers, random);
@@ -53,6 +54,8 @@ void expect_the_plan_on_disk(uint64_t seed, Copier& copier, ManualCopier* manual
       tickets.back()->hand_over(layer, state.hand_over(layer));
       stumble();
     }
+    if (below(random, 2) == 0) tickets.back()->update_ended();
+    stumble();
     tickets.back()->seal(kManifest, std::nullopt);
     stumble();
   }
@@ -123,6 +126,81 @@ TEST(Stager, TheFirstLayersBlocksAreWrittenBeforeTheNextLayerIsHandedOver) {
   EXPECT_TRUE(ticket->wait_staged(0, at_once()));
   EXPECT_FALSE(ticket->wait_staged(1, at_once()));
   EXPECT_FALSE(ticket->wait_all_staged(at_once()));
+}
+
+// Lets the stager alone work until it has nothing to do; how many slots it has taken by then.
+size_t slots_taken_by_staging(HandRun& hands) {
+  while (hands.stager.run_one()) {
+  }
+  return hands.pool.slot_count() - hands.pool.free_slots();
+}
+
+TEST(Stager, KeepsJustAheadOfTheWritersUntilSomebodyWaitsAtAGate) {
+  const State state = simple_state({20 * kBlockBytes});
+  HostCopier copier;
+  RunOnDisk disk;
+  HandRun hands(40, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  ticket->hand_over(0, state.hand_over(0));
+  const size_t ahead = slots_taken_by_staging(hands);
+  EXPECT_GE(ahead, 2u);
+  EXPECT_LE(ahead, 4u);  // two that wait, and those still open
+  ASSERT_TRUE(hands.writers.run_one());
+  EXPECT_EQ(slots_taken_by_staging(hands), ahead) << "one written, one more staged";
+  EXPECT_FALSE(ticket->wait_staged(0, at_once())) << "who only looks is not waited for";
+  EXPECT_EQ(slots_taken_by_staging(hands), ahead);
+  EXPECT_FALSE(ticket->wait_staged(0, Clock::now() + std::chrono::milliseconds(1)));
+  EXPECT_EQ(slots_taken_by_staging(hands), 40u);
+}
+
+TEST(Stager, ADevicesCopiesTakeEverySlotThereIs) {
+  const State state = simple_state({20 * kBlockBytes});
+  LateSums copier;
+  RunOnDisk disk;
+  HandRun hands(40, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  ticket->update_began();
+  ticket->hand_over(0, state.hand_over(0));
+  EXPECT_EQ(slots_taken_by_staging(hands), 40u);
+}
+
+TEST(Stager, WhileAnUpdateRunsItStagesTheFirstBlockAndLittleMore) {
+  // The optimizer's file holds twice as much as the model's: 3 x 200 blocks in two layers.
+  const State state = simple_state({100 * kBlockBytes, 100 * kBlockBytes});
+  HostCopier copier;
+  RunOnDisk disk;
+  HandRun hands(8, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  ticket->update_began();
+  ticket->hand_over(0, state.hand_over(0));
+  hands.run();
+  const size_t after_one = disk.writes().size();
+  EXPECT_GE(after_one, 1u);
+  EXPECT_LE(after_one, 5u);
+  ticket->hand_over(1, state.hand_over(1));
+  hands.run();
+  EXPECT_GT(disk.writes().size(), after_one);
+  EXPECT_LE(disk.writes().size(), 10u);
+  ticket->update_ended();
+  hands.run();
+  EXPECT_GT(disk.writes().size(), 500u);
+  ticket->seal(kManifest, std::nullopt);
+  hands.run();
+  expect_checkpoint(disk, RunOnDisk::path(1), identity_of(1), state, kManifest);
+}
+
+TEST(Stager, WhoWaitsAtAGateDoesNotWaitForTheUpdateToEnd) {
+  const State state = simple_state({20 * kBlockBytes});
+  HostCopier copier;
+  RunOnDisk disk;
+  HandRun hands(8, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  ticket->update_began();
+  ticket->hand_over(0, state.hand_over(0));
+  hands.run();
+  EXPECT_FALSE(ticket->wait_staged(0, Clock::now() + std::chrono::milliseconds(1)));
+  hands.run();
+  EXPECT_TRUE(ticket->wait_staged(0, at_once()));
 }
 
 TEST(Stager, LayersAreStagedInLayoutOrderHoweverTheyComeIn) {

@@ -80,6 +80,24 @@ class FunctionWorker final : public Worker {
   const std::function<bool()> run_, outside_;
 };
 
+TEST(Doorbell, ARingForOneWakesAtLeastOneAndARingAll) {
+  Doorbell bell;
+  std::atomic<int> woken = 0;
+  const uint64_t seen = bell.rings();
+  std::vector<std::jthread> waiting;
+  for (int i = 0; i < 3; ++i)
+    waiting.emplace_back([&] {
+      bell.wait_past(seen);
+      ++woken;
+      woken.notify_one();
+    });
+  bell.ring_for_one();
+  woken.wait(0);
+  bell.ring();
+  waiting.clear();
+  EXPECT_EQ(woken, 3);
+}
+
 TEST(Doorbell, ARingBetweenLookingAndWaitingIsNotLost) {
   Doorbell bell;
   const uint64_t seen = bell.rings();
