@@ -3,14 +3,6 @@
 #include <stdexcept>
 
 namespace pccheck {
-namespace {
-
-// While an update runs, one block in so many is staged: on few processors each takes more time from
-// the update, all of whose threads wait for the last of them, than it would take afterwards.
-constexpr uint64_t kUpdateShare = 128;
-
-}  // namespace
-
 Checkpoint::Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
                        std::unique_ptr<Target> target, Bells bells)
     : identity_(identity),
@@ -62,11 +54,9 @@ void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
                                   " was handed over already");
     require_fit("layer " + std::to_string(layer), layout_->layers()[layer], hand_over);
     if (error_) return;
-    const size_t share = share_for_update();
-    for (const Source& source : hand_over.sources) bytes_handed_over_ += source.bytes;
     handed_over_[layer] = std::move(hand_over);
     // A wake-up for nothing would take from the update what is to be spared.
-    if (updating_ && layers_handed_over_++ > 0 && share_for_update() == share) return;
+    if (updating_ && layers_handed_over_++ > 0) return;
   }
   bells_.stager();
 }
@@ -228,14 +218,9 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
               static_cast<uint32_t>(layout_->files().size()), true, hand_over};
 }
 
-size_t Checkpoint::share_for_update() const {
-  return 1 + static_cast<size_t>(bytes_handed_over_ / kUpdateShare / layout_->block_bytes());
-}
-
-std::optional<size_t> Checkpoint::blocks_during_update() const {
+bool Checkpoint::is_updating() const {
   const std::lock_guard lock(mutex_);
-  if (!updating_) return std::nullopt;
-  return share_for_update();
+  return updating_;
 }
 
 void Checkpoint::layer_staged() {

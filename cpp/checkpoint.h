@@ -153,9 +153,7 @@ class Checkpoint {
   // The next layer in layout order, if it was handed over.
   std::optional<Work> next_layer();
   bool in_a_hurry() const;
-  // While the update runs, how many blocks may have been begun: one, and one more for each so many
-  // handed over.
-  std::optional<size_t> blocks_during_update() const;
+  bool is_updating() const;
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
@@ -194,7 +192,6 @@ class Checkpoint {
   File& file(uint32_t index);
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
   void begin_publishing();
-  size_t share_for_update() const;
   template <typename Condition>
   bool wait_at_gate(Clock::time_point until, Condition staged);
 
@@ -214,7 +211,6 @@ class Checkpoint {
   std::shared_ptr<const Layout> addition_;
   std::vector<std::byte> manifest_;
   size_t layers_handed_over_ = 0;
-  uint64_t bytes_handed_over_ = 0;
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;

@@ -55,12 +55,12 @@ bool Stager::run_one() noexcept {
   return true;
 }
 
-// A device copies into memory, and while training goes on it has better to do than to wait.
+// A device copies into memory, and while training goes on it has better to do than to wait. On
+// processors an update is slowed by more than the time that staging takes from it: its threads wait
+// for the last of them, operation by operation.
 bool Stager::has_time(const Checkpoint& checkpoint) const {
   if (!copier_.sums_while_copying() || checkpoint.in_a_hurry()) return false;
-  if (full_.waiting() >= kBlocksAhead) return true;
-  const std::optional<size_t> allowed = checkpoint.blocks_during_update();
-  return allowed && blocks_begun_ >= *allowed;
+  return full_.waiting() >= kBlocksAhead || (blocks_begun_ > 0 && checkpoint.is_updating());
 }
 
 bool Stager::reap() {

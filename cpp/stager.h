@@ -2,7 +2,7 @@
 // order, and passes each block on to the writers the moment it is full. Where the processor copies
 // it keeps just ahead of the writers, until somebody waits at a gate: then it needs nothing but
 // free slots. While an update
-// runs it stages a small share of what was handed over, and the rest afterwards.
+// runs it stages the first block, and the rest afterwards.
 //
 // add() may be called on any thread; everything else runs on the stager's own.
 #pragma once
