@@ -56,7 +56,7 @@ void Checkpoint::hand_over(size_t layer, HandOver hand_over) {
     if (error_) return;
     handed_over_[layer] = std::move(hand_over);
     // A wake-up for nothing would take from the update what is to be spared.
-    if (updating_ && layers_handed_over_++ > 0) return;
+    if (updating_ && has_full_block_) return;
   }
   bells_.stager();
 }
@@ -218,9 +218,14 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
               static_cast<uint32_t>(layout_->files().size()), true, hand_over};
 }
 
-bool Checkpoint::is_updating() const {
+void Checkpoint::block_full() {
   const std::lock_guard lock(mutex_);
-  return updating_;
+  has_full_block_ = true;
+}
+
+bool Checkpoint::leaves_time_to_update() const {
+  const std::lock_guard lock(mutex_);
+  return updating_ && has_full_block_;
 }
 
 void Checkpoint::layer_staged() {

@@ -153,7 +153,9 @@ class Checkpoint {
   // The next layer in layout order, if it was handed over.
   std::optional<Work> next_layer();
   bool in_a_hurry() const;
-  bool is_updating() const;
+  void block_full();  // the first one, at least
+  // While an update runs and a block of the checkpoint is full.
+  bool leaves_time_to_update() const;
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
@@ -210,11 +212,11 @@ class Checkpoint {
   std::deque<std::optional<HandOver>> handed_over_;  // seal() adds; the others stay in place
   std::shared_ptr<const Layout> addition_;
   std::vector<std::byte> manifest_;
-  size_t layers_handed_over_ = 0;
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;
   bool updating_ = false;
+  bool has_full_block_ = false;
   bool hurry_ = false;
   bool sealed_ = false;
   bool manifest_is_durable_ = false;

@@ -33,7 +33,6 @@ std::shared_ptr<Checkpoint> Stager::current() {
 }
 
 void Stager::forget_current() {
-  blocks_begun_ = 0;
   const std::lock_guard lock(mutex_);
   checkpoints_.pop_front();
 }
@@ -60,7 +59,7 @@ bool Stager::run_one() noexcept {
 // for the last of them, operation by operation.
 bool Stager::has_time(const Checkpoint& checkpoint) const {
   if (!copier_.sums_while_copying() || checkpoint.in_a_hurry()) return false;
-  return full_.waiting() >= kBlocksAhead || (blocks_begun_ > 0 && checkpoint.is_updating());
+  return full_.waiting() >= kBlocksAhead || checkpoint.leaves_time_to_update();
 }
 
 bool Stager::reap() {
@@ -91,6 +90,7 @@ void Stager::pass_on(Block* block) {
                                   [&](const auto& owned) { return owned.get() == block; });
   std::unique_ptr<Block> full = std::move(*found);
   open_.erase(found);
+  full->checkpoint->block_full();
   full_.push(std::move(full));
 }
 
@@ -152,7 +152,6 @@ Block* Stager::open_block(const std::shared_ptr<Checkpoint>& checkpoint, const R
     if (block->file == file_index && block->index == index) return block.get();
   std::optional<SlotLease> slot = pool_.try_acquire();
   if (!slot) return nullptr;
-  ++blocks_begun_;
   const uint64_t begin = layout.block_offset(run.file, index);
   open_.push_back(std::make_unique<Block>(checkpoint, file_index, index,
                                           layout.block_size(run.file, index), std::move(*slot)));

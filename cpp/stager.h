@@ -2,7 +2,7 @@
 // order, and passes each block on to the writers the moment it is full. Where the processor copies
 // it keeps just ahead of the writers, until somebody waits at a gate: then it needs nothing but
 // free slots. While an update
-// runs it stages the first block, and the rest afterwards.
+// runs it fills the first block, and the rest afterwards.
 //
 // add() may be called on any thread; everything else runs on the stager's own.
 #pragma once
@@ -56,8 +56,6 @@ class Stager final : public Worker {
 
   std::vector<std::unique_ptr<Block>> open_;  // being filled: a handful, see Layout::open_blocks
   std::deque<Submission> under_way_;
-
-  size_t blocks_begun_ = 0;  // of the checkpoint being staged
 
   // The layer being staged, and how far.
   std::optional<Checkpoint::Work> layer_;

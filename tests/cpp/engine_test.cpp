@@ -287,7 +287,8 @@ TEST(Engine, AnUpdateIsNotSparedWhereTrainingHasLatelyHadToWait) {
     EXPECT_TRUE(world.engine->wait_room(in_a_minute()));
     const Ticket ticket = world.engine->begin(identity_of(step), name_of_step(step), state.layout,
                                               world.disk.target(step), true);
-    const bool held = ticket->is_updating();
+    ticket->block_full();
+    const bool held = ticket->leaves_time_to_update();
     hand_over_all(*ticket, state);
     ticket->seal(kManifest, std::nullopt);
     EXPECT_TRUE(ticket->wait_finished(in_a_minute()));

@@ -186,6 +186,25 @@ TEST(Stager, WhileAnUpdateRunsItStagesTheFirstBlockAndTheRestAfterwards) {
   expect_checkpoint(disk, RunOnDisk::path(1), identity_of(1), state, kManifest);
 }
 
+TEST(Stager, WhileAnUpdateRunsSmallLayersFillTheFirstBlockTogether) {
+  const State state = simple_state(std::vector<size_t>(12, kBlockBytes / 4));
+  HostCopier copier;
+  RunOnDisk disk;
+  HandRun hands(8, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  ticket->update_began();
+  for (size_t layer = 0; layer < 11; ++layer) {
+    ticket->hand_over(layer, state.hand_over(layer));
+    hands.run();
+  }
+  EXPECT_GE(disk.writes().size(), 1u) << "before the last layer is updated";
+  EXPECT_LE(disk.writes().size(), 3u);
+  ticket->hand_over(11, state.hand_over(11));
+  ticket->seal(kManifest, std::nullopt);  // ends the update too
+  hands.run();
+  expect_checkpoint(disk, RunOnDisk::path(1), identity_of(1), state, kManifest);
+}
+
 TEST(Stager, WhoWaitsAtAGateDoesNotWaitForTheUpdateToEnd) {
   const State state = simple_state({20 * kBlockBytes});
   HostCopier copier;
