@@ -127,7 +127,7 @@ bool Checkpoint::wait_at_gate(Clock::time_point until, Condition staged) {
     const std::lock_guard lock(mutex_);
     if (staged()) return true;
     if (until <= Clock::now()) return false;
-    hurry_ = true;
+    if (!error_) hurry_ = true;  // what has failed is let go of as soon as can be anyway
   }
   bells_.stager();
   std::unique_lock lock(mutex_);

@@ -128,7 +128,8 @@ class Checkpoint {
   void fail(std::exception_ptr error);
 
   // The gate: `layer` is staged, or the checkpoint failed. False when the time has passed first.
-  // Whoever has to wait makes the checkpoint one to be staged in a hurry.
+  // Whoever has to wait makes the checkpoint one to be staged in a hurry; the engine must not end
+  // meanwhile.
   bool wait_staged(size_t layer, Clock::time_point until);
   bool wait_all_staged(Clock::time_point until);
   // Opens the gate behind a staged layer: the tripwire is read, then taken down. Throws nothing; a

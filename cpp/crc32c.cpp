@@ -167,7 +167,7 @@ PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte*
     __m512i lanes[4];
     for (size_t i = 0; i < 4; ++i) {
       lanes[i] = _mm512_loadu_si512(from + 64 * i);
-      store(to + 64 * i, lanes[i]);
+      if constexpr (kCopies) store(to + 64 * i, lanes[i]);
     }
     lanes[0] = _mm512_xor_si512(lanes[0],
                                 _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
@@ -175,7 +175,7 @@ PCCHECK_AVX512 uint32_t run_avx512(uint32_t crc, std::byte* to, const std::byte*
     for (; bytes - done >= kFoldBytes; done += kFoldBytes)
       for (size_t i = 0; i < 4; ++i) {
         const __m512i next = _mm512_loadu_si512(from + done + 64 * i);
-        store(to + done + 64 * i, next);
+        if constexpr (kCopies) store(to + done + 64 * i, next);
         constexpr int kXorOfThree = 0x96;
         lanes[i] = _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(lanes[i], factors, 0x00),
                                              _mm512_clmulepi64_epi128(lanes[i], factors, 0x11),

@@ -97,10 +97,14 @@ class BlockReading {
   void run() {
     {
       std::vector<std::jthread> threads;
-      for (size_t i = 0; i < readers_; ++i)
-        threads.emplace_back([this] { work(&BlockReading::read_one); });
-      for (size_t i = 1; i < kCheckers; ++i)
-        threads.emplace_back([this] { work(&BlockReading::check_one); });
+      try {
+        for (size_t i = 0; i < readers_; ++i)
+          threads.emplace_back([this] { work(&BlockReading::read_one); });
+        for (size_t i = 1; i < kCheckers; ++i)
+          threads.emplace_back([this] { work(&BlockReading::check_one); });
+      } catch (...) {  // no more threads to be had: those there are must not wait for the others
+        fail(std::current_exception());
+      }
       work(&BlockReading::check_one);
     }
     if (error_) std::rethrow_exception(error_);
@@ -121,10 +125,16 @@ class BlockReading {
       while ((this->*one)()) {
       }
     } catch (...) {
-      const std::lock_guard lock(mutex_);
-      if (!error_) error_ = std::current_exception();
-      changed_.notify_all();
+      fail(std::current_exception());
     }
+  }
+
+  void fail(std::exception_ptr error) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::move(error);
+    }
+    changed_.notify_all();
   }
 
   bool read_one() {

@@ -161,6 +161,7 @@ void RunDirectory::retire() {
 std::unique_ptr<Directory> RunDirectory::retire_one(const std::string& name) {
   std::unique_ptr<Directory> old = directory_->open_directory(name);
   if (!holds_only_checkpoint_files(*old) || !old->try_lock(LockMode::exclusive)) return nullptr;
+  old->sync();  // whoever recycles it counts on its entries, whoever has made them
   directory_->rename(name, name + kPartialSuffix);
   return old;
 }
