@@ -259,13 +259,12 @@ void Checkpoint::block_opened() {
 }
 
 void Checkpoint::block_gone() {
-  bool discardable;
+  bool last;
   {
     const std::lock_guard lock(mutex_);
-    --blocks_alive_;
-    discardable = error_ && blocks_alive_ == 0;
+    last = --blocks_alive_ == 0;
   }
-  if (discardable) bells_.committer();
+  if (last) bells_.committer();
 }
 
 File& Checkpoint::file(uint32_t index) {
@@ -296,11 +295,8 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
     if (--files_[index]->blocks_left > 0) return;
   }
   opened.sync_data();
-  {
-    const std::lock_guard lock(mutex_);
-    files_[index]->synced = true;
-  }
-  bells_.committer();
+  const std::lock_guard lock(mutex_);
+  files_[index]->synced = true;
 }
 
 bool Checkpoint::manifest_is_due() const {
@@ -324,8 +320,9 @@ void Checkpoint::persist_manifest() {
 
 bool Checkpoint::ready_to_publish() const {
   const std::lock_guard lock(mutex_);
+  // Without blocks: whoever hears of the commit finds every slot free.
   if (error_ || state_ != State::in_flight || !manifest_is_durable_ ||
-      layers_staged_ != layer_count())
+      layers_staged_ != layer_count() || blocks_alive_ != 0)
     return false;
   for (const auto& file : files_)
     if (!file->synced) return false;
