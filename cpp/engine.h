@@ -3,9 +3,9 @@
 //   begin -> hand_over(layer) ... -> seal -> committed | failed
 //
 // Calls come from one thread at a time (the trainer's); the waits may come from any. Checkpoints
-// are staged and published in the order in which they were begun. Staging never waits for anything
-// but free slots, nothing waits for a checkpoint that is not sealed, so there is no deadlock as
-// long as the pool holds Layout::open_blocks() + 1 slots: begin() refuses less.
+// are staged and published in the order in which they were begun. Staging that somebody waits for
+// needs nothing but free slots, nothing waits for a checkpoint that is not sealed, so there is no
+// deadlock as long as the pool holds Layout::open_blocks() + 1 slots: begin() refuses less.
 #pragma once
 
 #include <chrono>

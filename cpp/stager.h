@@ -1,8 +1,7 @@
 // Copies layers from live tensors into slots, checkpoint by checkpoint, layer by layer in layout
 // order, and passes each block on to the writers the moment it is full. Where the processor copies
 // it keeps just ahead of the writers, until somebody waits at a gate: then it needs nothing but
-// free slots. While an update
-// runs it fills the first block, and the rest afterwards.
+// free slots. While an update runs it stages until a first block is full, and the rest afterwards.
 //
 // add() may be called on any thread; everything else runs on the stager's own.
 #pragma once
