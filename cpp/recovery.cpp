@@ -1,6 +1,7 @@
 #include "cpp/recovery.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
@@ -16,6 +17,38 @@
 #include "cpp/staging_pool.h"
 
 namespace pccheck {
+
+// How many blocks reading with so many threads has in memory: one more than are read at a time.
+size_t buffers_for(unsigned threads) { return std::max<size_t>(threads, 1) + 1; }
+
+// The first blocks of a file, each in a buffer of its own, one after the other.
+class ReadAhead {
+ public:
+  ReadAhead(VerifiedFile file, unsigned threads);
+
+  // Waits for the threads.
+  void finish() { threads_.clear(); }
+
+  const File* file() const { return file_.file; }
+  size_t buffers() const { return buffers_; }
+  size_t buffer_bytes() const { return static_cast<size_t>(file_.block_bytes); }
+
+  // After finish(): block `index` is in buffer `index`.
+  bool has(uint64_t index) const { return index < has_.size() && has_[index]; }
+
+  std::unique_ptr<SlotMemory> take_memory() { return std::move(memory_); }
+
+ private:
+  void read(size_t index);
+
+  const VerifiedFile file_;
+  const size_t buffers_;
+  std::unique_ptr<SlotMemory> memory_;
+  std::vector<char> has_;  // one for each buffer, written by the thread that reads it
+  std::atomic<size_t> next_{0};
+  std::vector<std::jthread> threads_;  // last: they use the others
+};
+
 namespace {
 
 // One block and the requests (or parts of them) that lie in it.
@@ -58,39 +91,60 @@ std::vector<BlockTask> tasks_of(std::span<const VerifiedFile> files,
   return tasks;
 }
 
-uint64_t offset_of(const BlockTask& task) {
-  return task.file->grid_begin + task.index * task.file->block_bytes;
+uint64_t offset_of(const VerifiedFile& file, uint64_t index) {
+  return file.grid_begin + index * file.block_bytes;
 }
 
-size_t size_of(const BlockTask& task) {
+size_t size_of(const VerifiedFile& file, uint64_t index) {
   return static_cast<size_t>(
-      std::min<uint64_t>(task.file->block_bytes, task.file->size_bytes - offset_of(task)));
+      std::min<uint64_t>(file.block_bytes, file.size_bytes - offset_of(file, index)));
+}
+
+// Copies the parts to where they go, and returns the checksum of the block they were copied from.
+uint32_t scatter_with_crc32c(const BlockTask& task, std::span<const std::byte> block) {
+  uint32_t crc = 0;
+  size_t summed = 0;
+  for (const BlockTask::Part& part : task.parts) {  // in order of their beginnings
+    if (part.in_block > summed) {
+      crc = crc32c(crc, block.subspan(summed, part.in_block - summed));
+      summed = part.in_block;
+    }
+    // Parts may overlap: what another one has copied already is summed.
+    const size_t again = std::min<size_t>(summed - part.in_block, part.bytes);
+    std::memcpy(part.to, block.data() + part.in_block, again);
+    crc = copy_with_crc32c(crc, part.to + again, block.data() + summed, part.bytes - again,
+                           Stores::streamed);
+    summed += part.bytes - again;
+  }
+  return crc32c(crc, block.subspan(summed));
 }
 
 void verify_and_scatter(const BlockTask& task, std::span<const std::byte> block) {
   const VerifiedFile& file = *task.file;
-  if (crc32c(0, block) != file.block_sums[task.index]) {
-    const uint64_t offset = offset_of(task);
+  if (scatter_with_crc32c(task, block) != file.block_sums[task.index]) {
+    const uint64_t offset = offset_of(file, task.index);
     throw CorruptCheckpoint("block " + std::to_string(task.index) + " of " + file.path +
                             " (bytes " + std::to_string(offset) + " to " +
                             std::to_string(offset + block.size()) +
                             ") does not match its checksum");
   }
-  for (const BlockTask::Part& part : task.parts)
-    std::memcpy(part.to, block.data() + part.in_block, part.bytes);
 }
 
-// Readers fill buffers, checkers empty them: a device that ends several reads at once is given the
-// next ones before any of these is summed.
+// Readers fill buffers, a checker empties them: a device that ends several reads at once is given
+// the next ones before any of these is summed. A second checker helps where the first is what all
+// readers wait for.
 class BlockReading {
  public:
-  BlockReading(const std::vector<BlockTask>& tasks, unsigned threads) : tasks_(tasks) {
+  // `ahead`, if any, may have begun with the first of the tasks.
+  BlockReading(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead)
+      : tasks_(tasks), readers_(std::max(threads, 1u)), buffers_(buffers_for(threads)) {
     for (const BlockTask& task : tasks)
       buffer_bytes_ = std::max<size_t>(buffer_bytes_, task.file->block_bytes);
-    readers_ = std::clamp<size_t>(threads, 1, tasks.size());
-    const size_t buffers = std::min(tasks.size(), readers_ + kCheckers + kBuffersBetween);
-    memory_ = allocate_host_slots(buffers * buffer_bytes_);
-    for (size_t i = buffers; i-- > 0;) free_.push_back(i);
+    if (ahead != nullptr && ahead->buffers() == buffers_ && ahead->buffer_bytes() == buffer_bytes_)
+      take_over(*ahead);
+    else
+      memory_ = allocate_host_slots(buffers_ * buffer_bytes_);
+    for (size_t i = buffers_; i-- > next_;) free_.push_back(i);
   }
 
   // Returns when all tasks are done; throws the first error.
@@ -100,8 +154,7 @@ class BlockReading {
       try {
         for (size_t i = 0; i < readers_; ++i)
           threads.emplace_back([this] { work(&BlockReading::read_one); });
-        for (size_t i = 1; i < kCheckers; ++i)
-          threads.emplace_back([this] { work(&BlockReading::check_one); });
+        threads.emplace_back([this] { work(&BlockReading::help_to_check_one); });
       } catch (...) {  // no more threads to be had: those there are must not wait for the others
         fail(std::current_exception());
       }
@@ -111,13 +164,19 @@ class BlockReading {
   }
 
  private:
-  static constexpr size_t kCheckers = 2;
-  static constexpr size_t kBuffersBetween = 2;
-
   struct Filled {
     const BlockTask* task;
     size_t buffer;
   };
+
+  void take_over(ReadAhead& ahead) {
+    ahead.finish();
+    memory_ = ahead.take_memory();
+    for (; next_ < tasks_.size() && tasks_[next_].file->file == ahead.file() &&
+           tasks_[next_].index == next_ && ahead.has(next_);
+         ++next_)
+      filled_.push_back({&tasks_[next_], next_});
+  }
 
   // Calls `one` until it returns false; the first error ends all.
   void work(bool (BlockReading::*one)()) {
@@ -134,67 +193,91 @@ class BlockReading {
       const std::lock_guard lock(mutex_);
       if (!error_) error_ = std::move(error);
     }
-    changed_.notify_all();
+    wake_all();
+  }
+
+  void wake_all() {
+    freed_.notify_all();
+    filled_one_.notify_all();
+    filled_all_.notify_all();
   }
 
   bool read_one() {
-    size_t buffer, task;
-    {
-      std::unique_lock lock(mutex_);
-      changed_.wait(lock, [&] { return error_ || next_ == tasks_.size() || !free_.empty(); });
-      if (error_ || next_ == tasks_.size()) return false;
-      buffer = free_.back();
-      free_.pop_back();
-      task = next_++;
-    }
-    tasks_[task].file->file->pread(contents(buffer, tasks_[task]), offset_of(tasks_[task]));
-    {
-      const std::lock_guard lock(mutex_);
-      filled_.push_back({&tasks_[task], buffer});
-    }
-    changed_.notify_all();
-    return true;
-  }
-
-  bool check_one() {
     Filled filled;
     {
       std::unique_lock lock(mutex_);
-      changed_.wait(lock, [&] { return error_ || done_ == tasks_.size() || !filled_.empty(); });
-      if (error_ || filled_.empty()) return false;
-      filled = filled_.front();
-      filled_.pop_front();
-      ++done_;
+      freed_.wait(lock, [&] { return error_ || next_ == tasks_.size() || !free_.empty(); });
+      if (error_ || next_ == tasks_.size()) return false;
+      filled = {&tasks_[next_++], free_.back()};
+      free_.pop_back();
     }
-    verify_and_scatter(*filled.task, contents(filled.buffer, *filled.task));
+    const BlockTask& task = *filled.task;
+    task.file->file->pread(contents(filled), offset_of(*task.file, task.index));
+    bool all;
     {
       const std::lock_guard lock(mutex_);
-      free_.push_back(filled.buffer);
+      filled_.push_back(filled);
+      all = all_filled();
     }
-    changed_.notify_all();
+    filled_one_.notify_one();
+    if (all) filled_all_.notify_one();
     return true;
   }
 
-  std::span<std::byte> contents(size_t buffer, const BlockTask& task) const {
-    return memory_->bytes().subspan(buffer * buffer_bytes_, size_of(task));
+  // But for the one that is being checked.
+  bool all_filled() const { return filled_.size() + 1 >= buffers_; }
+
+  bool check_one() {
+    std::unique_lock lock(mutex_);
+    filled_one_.wait(lock, [&] { return ended() || !filled_.empty(); });
+    return check_first(std::move(lock));
+  }
+
+  bool help_to_check_one() {
+    std::unique_lock lock(mutex_);
+    filled_all_.wait(lock, [&] { return ended() || all_filled(); });
+    return check_first(std::move(lock));
+  }
+
+  bool ended() const { return error_ || taken_ == tasks_.size(); }
+
+  bool check_first(std::unique_lock<std::mutex> lock) {
+    if (ended()) return false;
+    const Filled filled = filled_.front();
+    filled_.pop_front();
+    const bool last = ++taken_ == tasks_.size();
+    lock.unlock();
+    if (last) wake_all();
+    verify_and_scatter(*filled.task, contents(filled));
+    lock.lock();
+    free_.push_back(filled.buffer);
+    lock.unlock();
+    freed_.notify_one();
+    return true;
+  }
+
+  std::span<std::byte> contents(const Filled& filled) const {
+    return memory_->bytes().subspan(filled.buffer * buffer_bytes_,
+                                    size_of(*filled.task->file, filled.task->index));
   }
 
   const std::vector<BlockTask>& tasks_;
+  const size_t readers_;
+  const size_t buffers_;
   size_t buffer_bytes_ = 0;
-  size_t readers_ = 0;
   std::unique_ptr<SlotMemory> memory_;
 
   std::mutex mutex_;  // guards everything below
-  std::condition_variable changed_;
+  std::condition_variable freed_, filled_one_, filled_all_;
   std::vector<size_t> free_;  // a stack: the buffer used last is the likeliest to be cached
   std::deque<Filled> filled_;
-  size_t next_ = 0;  // task to be read
-  size_t done_ = 0;  // tasks taken by a checker
+  size_t next_ = 0;   // task to be read
+  size_t taken_ = 0;  // tasks that a checker has taken
   std::exception_ptr error_;
 };
 
-void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads) {
-  if (!tasks.empty()) BlockReading(tasks, threads).run();
+void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead = nullptr) {
+  if (!tasks.empty()) BlockReading(tasks, threads, ahead).run();
 }
 
 std::vector<std::byte> read_small(Directory& directory, const char* name,
@@ -205,6 +288,25 @@ std::vector<std::byte> read_small(Directory& directory, const char* name,
 }
 
 }  // namespace
+
+ReadAhead::ReadAhead(VerifiedFile file, unsigned threads)
+    : file_(std::move(file)),
+      buffers_(buffers_for(threads)),
+      memory_(allocate_host_slots(buffers_ * buffer_bytes())),
+      has_(std::min(buffers_, file_.block_sums.size())) {
+  for (unsigned i = 0; i < threads; ++i)
+    threads_.emplace_back([this] {
+      for (size_t index; (index = next_++) < has_.size();) read(index);
+    });
+}
+
+// What cannot be read is left for whoever needs it, to be told then.
+void ReadAhead::read(size_t index) try {
+  file_.file->pread(memory_->bytes().subspan(index * buffer_bytes(), size_of(file_, index)),
+                    offset_of(file_, index));
+  has_[index] = true;
+} catch (const std::exception&) {
+}
 
 void read_verified(std::span<const VerifiedFile> files, std::vector<ReadRequest> requests,
                    unsigned threads) {
@@ -244,8 +346,19 @@ std::vector<VerifiedFile> CheckpointReader::verified_files() const {
   return files;
 }
 
-void CheckpointReader::read(std::vector<ReadRequest> requests, unsigned threads) const {
-  read_verified(verified_files(), std::move(requests), threads);
+CheckpointReader::~CheckpointReader() = default;
+
+void CheckpointReader::read_ahead(uint32_t file, unsigned threads) {
+  ahead_ = std::make_unique<ReadAhead>(verified_files().at(file), threads);
+}
+
+void CheckpointReader::read(std::vector<ReadRequest> requests, unsigned threads) {
+  const std::vector<VerifiedFile> files = verified_files();
+  const std::vector<BlockTask> tasks = tasks_of(files, requests);
+  std::unique_ptr<ReadAhead> ahead;
+  if (ahead_ && !tasks.empty() && tasks.front().file->file == ahead_->file())
+    ahead = std::move(ahead_);
+  run_tasks(tasks, threads, ahead.get());
 }
 
 void CheckpointReader::verify(unsigned threads) const {

@@ -1,6 +1,6 @@
-// Reading a committed checkpoint back: every block that is touched is verified before one of its
-// bytes reaches a tensor. Reads go past the page cache where the file system allows it, several at
-// a time, each through a buffer of its own.
+// Reading a committed checkpoint back: every block that is touched is verified, as its bytes are
+// copied to where they go: memory is read once. Reads go past the page cache where the file system
+// allows it, several at a time, each through a buffer of its own.
 //
 // Nothing in the files is believed: names are single components, sizes and counts are checked
 // against the files before anything is allocated, all offsets against the sizes.
@@ -39,18 +39,26 @@ struct VerifiedFile {
 void read_verified(std::span<const VerifiedFile> files, std::vector<ReadRequest> requests,
                    unsigned threads);
 
+class ReadAhead;
+
+// Used by one thread at a time.
 class CheckpointReader {
  public:
   // Opens `<run>/<name>`, locks it shared for as long as this object lives (so that the writer will
   // not recycle it), reads and checks checksums.bin and the manifest, and the files' presence and
   // sizes. Throws CorruptCheckpoint, or std::system_error where something cannot be opened.
   CheckpointReader(const std::string& run_path, const std::string& name);
+  ~CheckpointReader();
 
   const Checksums& checksums() const { return checksums_; }
   std::span<const std::byte> manifest() const { return manifest_; }
   const std::string& path() const { return directory_->path(); }
 
-  void read(std::vector<ReadRequest> requests, unsigned threads) const;
+  // Begins to read the first blocks of a file that will be read from its beginning, by as many
+  // threads, before it is known where its bytes go: the device need not wait for that.
+  void read_ahead(uint32_t file, unsigned threads);
+
+  void read(std::vector<ReadRequest> requests, unsigned threads);
 
   // Reads everything.
   void verify(unsigned threads) const;
@@ -62,6 +70,7 @@ class CheckpointReader {
   Checksums checksums_;
   std::vector<std::byte> manifest_;
   std::vector<std::unique_ptr<File>> files_;
+  std::unique_ptr<ReadAhead> ahead_;  // reads from one of the files
 };
 
 }  // namespace pccheck

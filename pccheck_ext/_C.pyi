@@ -117,6 +117,9 @@ class Reader:
     def save_id(self) -> bytes: ...
     @property
     def files(self) -> list[tuple[str, int]]: ...
+    def read_ahead(self, file: int, threads: int) -> None:
+        """Begin to read a file's first blocks, for a `read` with as many threads to take over."""
+
     def read(self, reads: Sequence[tuple[int, int, torch.Tensor]], threads: int) -> None:
         """Read (file index, offset) into contiguous tensors in host memory, verified."""
 

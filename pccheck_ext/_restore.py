@@ -19,7 +19,7 @@ from pccheck_ext.layers import ROOT_LAYER, unwrap
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
-READ_THREADS = 6
+READ_THREADS = 4
 SUPPORTED_VERSION = 1
 
 
@@ -89,6 +89,11 @@ class Stored:
 
     def of_file(self, file: str) -> dict[str, StoredTensor]:
         return {name: tensor for (of, name), tensor in self.tensors.items() if of == file}
+
+    def read_ahead(self) -> None:
+        """The whole model is going to be read: begin, while it is found out where to."""
+        if _plan.MODEL_FILE in self.files:
+            self.reader.read_ahead(self.files.index(_plan.MODEL_FILE), READ_THREADS)
 
     def read(self, pairs: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Read stored tensors into given ones of the same shape and dtype, wherever they are."""

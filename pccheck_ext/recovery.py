@@ -16,7 +16,7 @@ class ModelRecovery:
     """Loads models from the checkpoints in a run's directory.
 
     `metadata_dir` is that directory, or its ``metadata`` child, which older code names. Every byte
-    is verified against its block's checksum before it reaches a tensor.
+    read is verified against its block's checksum.
     """
 
     def __init__(self, metadata_dir: str | os.PathLike[str] = "./metadata") -> None:
@@ -64,6 +64,7 @@ class ModelRecovery:
         block does not match its checksum: the model is then partly loaded, load another.
         """
         stored = _restore.open_checkpoint(self.directory, checkpoint_id)
+        stored.read_ahead()
         restored = _restore.restore_model(stored, model, strict=strict)
         stored.read(restored.pairs)
         _restore.restore_extra_state(stored, model, restored, stored.extra_tensors())

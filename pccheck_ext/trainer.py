@@ -423,6 +423,7 @@ class LayerwiseCheckpointTrainer:
 
     def _load(self, checkpoint_id: str, *, strict: bool) -> list[str]:
         stored = _restore.open_checkpoint(self.checkpoint_dir, checkpoint_id)
+        stored.read_ahead()
         restored = _restore.restore_model(stored, self.model, strict=strict)
         saved = stored.manifest["extra"]
         if sorted(saved) != sorted(self.extra):

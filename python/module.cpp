@@ -92,8 +92,7 @@ py::dict session_stats(Session& session) {
 
 using ReadTuple = std::tuple<uint32_t, uint64_t, at::Tensor>;
 
-void read_into(const CheckpointReader& reader, const std::vector<ReadTuple>& reads,
-               unsigned threads) {
+void read_into(CheckpointReader& reader, const std::vector<ReadTuple>& reads, unsigned threads) {
   std::vector<ReadRequest> requests;
   for (const auto& [file, offset, tensor] : reads) {
     if (!tensor.is_cpu() || !tensor.is_contiguous())
@@ -227,6 +226,8 @@ void bind_load(py::module_& module) {
                                  files.append(py::make_tuple(file.name, file.size_bytes));
                                return files;
                              })
+      .def("read_ahead", &CheckpointReader::read_ahead, py::arg("file"), py::arg("threads"),
+           py::call_guard<py::gil_scoped_release>())
       .def("read", &read_into, py::arg("reads"), py::arg("threads"))
       .def("verify", &CheckpointReader::verify, py::arg("threads"),
            py::call_guard<py::gil_scoped_release>());

@@ -6,9 +6,13 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <filesystem>
+#include <fstream>
 #include <list>
 #include <set>
+#include <sstream>
 #include <system_error>
+#include <thread>
 
 #include "cpp/crc32c.h"
 #include "cpp/engine.h"
@@ -75,7 +79,7 @@ TEST_F(Recovery, WhateverWasSavedIsReadBack) {
   for (uint64_t step = 1; step <= 25; ++step) {
     const State state = random_state(random);
     write(step, state);
-    const CheckpointReader reader = open(step);
+    CheckpointReader reader = open(step);
     EXPECT_EQ(reader.path(), run.path(step));
     EXPECT_EQ(reader.checksums().identity.step, step);
     EXPECT_EQ(to_text(reader.manifest()), to_text(kManifest));
@@ -96,7 +100,7 @@ TEST_F(Recovery, ADamagedBlockIsFoundByWhoeverTouchesItAndNamed) {
     const uint64_t end = begin + state.layout->block_size(0, block);
     const size_t bit = 8 * begin + below(random, 8 * (end - begin));
     flip_bit_of_file(file, bit);
-    const CheckpointReader reader = open();
+    CheckpointReader reader = open();
     const std::string named = "block " + std::to_string(block) + " of " + file;
     EXPECT_NE(corruption([&] { reader.verify(3); }).find(named), std::string::npos);
     for (size_t layer = 0; layer < 3; ++layer) {
@@ -114,14 +118,104 @@ TEST_F(Recovery, ADamagedBlockIsFoundByWhoeverTouchesItAndNamed) {
   open().verify(2);
 }
 
-TEST_F(Recovery, NoByteOfADamagedBlockReachesATensor) {
-  const State state = simple_state({3000});
+TEST_F(Recovery, RequestsMayOverlap) {
+  const State state = simple_state({9000});
   write(1, state);
-  const TensorExtent& extent = state.layout->files()[0].tensors[0];
-  flip_bit_of_file(run.path(1) + "/model.safetensors", 8 * (extent.begin + 10));
-  Bytes into(100, std::byte{0xCC});
-  EXPECT_THROW(open().read({{0, extent.begin, into}}, 1), CorruptCheckpoint);
-  EXPECT_EQ(into, Bytes(100, std::byte{0xCC}));
+  CheckpointReader reader = open();
+  const uint64_t begin = state.layout->files()[0].tensors[0].begin;
+  const std::span<const std::byte> bytes = state.tensors[0][0];
+  struct {
+    size_t at, size;
+  } const ranges[] = {{0, 9000}, {0, 9000}, {100, 50}, {120, 8000}, {5000, 4000}, {100, 50}};
+  std::list<Bytes> targets;
+  std::vector<ReadRequest> requests;
+  for (const auto& [at, size] : ranges)
+    requests.push_back({0, begin + at, targets.emplace_back(size)});
+  reader.read(requests, 2);
+  auto target = targets.begin();
+  for (const auto& [at, size] : ranges)
+    EXPECT_TRUE(std::ranges::equal(*target++, bytes.subspan(at, size))) << at << ", " << size;
+}
+
+// What this process has been given by read calls so far, but for those made here.
+uint64_t bytes_read() {
+  static uint64_t here = 0;
+  std::stringstream io;
+  io << std::ifstream("/proc/self/io").rdbuf();
+  std::string name;
+  uint64_t bytes = 0;
+  io >> name >> bytes;
+  EXPECT_EQ(name, "rchar:");
+  const uint64_t others = bytes - here;
+  here += io.str().size();
+  return others;
+}
+
+class ReadingAhead : public Recovery {
+ protected:
+  ReadingAhead() { write(1, state); }
+
+  const std::string model = run.path(1) + "/model.safetensors";
+  const State state = simple_state({3000, 9000, 40'000});
+};
+
+TEST_F(ReadingAhead, GivesWhatReadingGives) {
+  for (const unsigned threads : {1u, 2u, 4u, 20u})
+    for (const unsigned ahead : {1u, 2u, 20u}) {
+      Random random(threads);
+      CheckpointReader reader = open();
+      reader.read_ahead(0, ahead);
+      ReadBack back(state, random);
+      reader.read(back.requests, threads);
+      EXPECT_EQ(back.targets, back.expected) << threads << " threads, ahead " << ahead;
+    }
+}
+
+TEST_F(ReadingAhead, WhatWasReadIsNotReadAgain) {
+  CheckpointReader reader = open();
+  const uint64_t before = bytes_read();
+  reader.read_ahead(0, 2);
+  const Clock::time_point give_up = in_a_minute();
+  while (bytes_read() < before + 3 * kBlockBytes && Clock::now() < give_up)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  std::filesystem::resize_file(model, 0);
+  std::filesystem::resize_file(model, state.layout->files()[0].size_bytes);  // all zeros now
+  const TensorExtent& first = state.layout->files()[0].tensors[0];
+  ASSERT_LT(first.begin, 3 * kBlockBytes);
+  Bytes into(std::min<size_t>(first.bytes, 3 * kBlockBytes - first.begin));
+  reader.read({{0, first.begin, into}}, 2);
+  EXPECT_TRUE(std::ranges::equal(into, std::span(state.tensors[0][0]).first(into.size())));
+  EXPECT_NE(corruption([&] { reader.read({{0, first.begin, into}}, 2); }), "");
+}
+
+TEST_F(ReadingAhead, AnErrorIsTheReadsToTell) {
+  CheckpointReader reader = open();
+  std::filesystem::resize_file(model, 10);
+  reader.read_ahead(0, 2);
+  const TensorExtent& first = state.layout->files()[0].tensors[0];
+  Bytes into(first.bytes);
+  EXPECT_THROW(reader.read({{0, first.begin, into}}, 2), std::system_error);
+}
+
+TEST_F(ReadingAhead, DamageIsFoundAllTheSame) {
+  const TensorExtent& first = state.layout->files()[0].tensors[0];
+  flip_bit_of_file(model, 8 * (first.begin + 10));
+  CheckpointReader reader = open();
+  reader.read_ahead(0, 2);
+  Bytes into(first.bytes);
+  EXPECT_NE(corruption([&] { reader.read({{0, first.begin, into}}, 2); }).find("block 0"),
+            std::string::npos);
+}
+
+TEST_F(ReadingAhead, MayBeGivenUp) {
+  {
+    open().read_ahead(0, 3);
+  }
+  CheckpointReader reader = open();
+  EXPECT_THROW(reader.read_ahead(7, 1), std::out_of_range);
+  reader.read_ahead(0, 3);
+  reader.read_ahead(0, 2);
+  reader.verify(2);
 }
 
 TEST_F(Recovery, EverySingleBitFlipOfChecksumsAndManifestIsFoundOnOpening) {
@@ -158,7 +252,7 @@ TEST_F(Recovery, FilesCutShortOrGrownAreFoundOnOpening) {
 TEST_F(Recovery, AFileCutShortWhileItIsReadIsAnError) {
   const State state = simple_state({9000});
   write(1, state);
-  const CheckpointReader reader = open();
+  CheckpointReader reader = open();
   std::filesystem::resize_file(run.path(1) + "/model.safetensors", 5000);
   EXPECT_THROW(reader.verify(2), std::system_error);
 }
@@ -226,7 +320,7 @@ TEST_F(Recovery, AManifestLargerThanSealedIsNotEvenRead) {
 TEST_F(Recovery, RequestsOutsideTheFilesAreRefused) {
   const State state = simple_state({3000});
   write(1, state);
-  const CheckpointReader reader = open();
+  CheckpointReader reader = open();
   const uint64_t size = state.layout->files()[0].size_bytes;
   Bytes into(100);
   const auto refused = [&](uint32_t file, uint64_t offset) {
