@@ -76,7 +76,8 @@ std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
   newest_ = std::make_shared<Checkpoint>(
       identity, std::move(name), std::move(layout), std::move(target),
       Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }});
-  if (during_update && unspared_ == 0) newest_->update_began();
+  const bool on_processors = copier_->sums_while_copying();  // a device copies at no cost to it
+  if (during_update && on_processors && unspared_ == 0) newest_->update_began();
   committer_.add(newest_);
   stager_.add(newest_);
   return newest_;

@@ -40,6 +40,9 @@ class Ticket:
         addition: Layout | None = None,
         tensors: Sequence[torch.Tensor] = (),
     ) -> None: ...
+    def leaves_time_to_update(self) -> bool:
+        """Whether what is handed over now is not read before `update_ended`."""
+
     def update_ended(self) -> None: ...
     def abandon(self, reason: str) -> None: ...
     def open_gate(self, layer: int) -> None:

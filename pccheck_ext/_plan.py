@@ -462,10 +462,31 @@ def _describe_tensor(
     }
 
 
-def plan_extra(
+class ExtraPlanner:
+    """Plans where tensors found in other state go, known only when a checkpoint is sealed.
+
+    They are mostly like those of the checkpoint before: then so is the plan.
+    """
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._planned: list[tuple[str, torch.dtype, torch.Size, str]] = []
+        self._layout: _C.Layout | None = None
+        self._described = _codec.Written([], 1)
+
+    def plan(self, tensors: Mapping[str, torch.Tensor]) -> tuple[_C.Layout | None, _codec.Written]:
+        """The layout, None where there is no tensor, and the manifest's ``extra_tensors``."""
+        wanted = [(name, t.dtype, t.shape, t.device.type) for name, t in tensors.items()]
+        if wanted != self._planned:
+            layout, described = _plan_extra(tensors, self._block_bytes)
+            self._planned, self._layout = wanted, layout
+            self._described = _codec.Written([*described], 1)
+        return self._layout, self._described
+
+
+def _plan_extra(
     tensors: Mapping[str, torch.Tensor], block_bytes: int
 ) -> tuple[_C.Layout | None, list[dict[str, Any]]]:
-    """Where tensors found in other state go, known only when a checkpoint is sealed."""
     if not tensors:
         return None, []
     entries = [

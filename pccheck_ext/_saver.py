@@ -126,6 +126,7 @@ class StepSaver:
         self._first_save = True
         self._plan: SavePlan | None = None
         self._whole_plan: SavePlan | None = None
+        self._extra_planner = _plan.ExtraPlanner(block_bytes)
         self._begun: _Begun | None = None  # this step's, between before_step and after_step
         self._pending: tuple[_Begun, _AtStep] | None = None  # taken, not sealed
         self._gated: list[_Begun] = []  # tensors may not change yet
@@ -147,6 +148,7 @@ class StepSaver:
         try:
             self.raise_failures()
             self.seal()
+            self._open_gates_of_staged()
             if not self._is_due():
                 return False
             self._settle_order()
@@ -161,28 +163,36 @@ class StepSaver:
 
     def before_update(self, layer: str | None) -> None:
         if not self._gated:
-            return
+            return  # as for most layers, where staging keeps up
         start = time.perf_counter()
         for begun in self._gated:
             index = None if layer is None else begun.plan.index.get(layer)
             if index is None:
                 begun.ticket.open_all_gates()
-            else:
+            elif index in begun.handed_over:
                 begun.ticket.open_gate(index)
         if layer is None:  # one that is still being handed over has gates to come
             self._gated = [begun for begun in self._gated if begun is self._begun]
         self.stall_s += time.perf_counter() - start
 
+    def _open_gates_of_staged(self) -> None:
+        """All at once: with nothing to wait for, there is nothing to do layer by layer."""
+        left = []
+        for begun in self._gated:
+            if begun.ticket.staged():
+                begun.ticket.open_all_gates()
+            else:
+                left.append(begun)
+        self._gated = left
+
     def after_layer(self, layer: str) -> None:
         begun = self._begun
-        if begun is None:
-            return
+        if begun is None or begun.ticket.leaves_time_to_update():
+            return  # handed over with the rest, once the update has ended
         start = time.perf_counter()
         index = begun.plan.index.get(layer)
         try:
             if index is not None:
-                if not begun.plan.still_fits(self.optimizer, index):
-                    raise PlanChangedError(layer)
                 self._hand_over(begun, index)
         except PlanChangedError:
             # Planned anew once the step is done.
@@ -302,6 +312,8 @@ class StepSaver:
             )
 
     def _hand_over(self, begun: _Begun, index: int) -> None:
+        if not begun.plan.still_fits(self.optimizer, index):
+            raise PlanChangedError(begun.plan.layers[index])
         tensors = [planned.tensor() for planned in begun.plan.by_layer[index]]
         if not begun.handed_over:
             self._gated.append(begun)
@@ -360,7 +372,7 @@ class StepSaver:
                 at_step = self._read_at_step(begun.plan)
             tensors = dict(at_step.tensors)
             manifest = self._manifest(begun, at_step, tensors)
-            layout, described = _plan.plan_extra(tensors, self.block_bytes)
+            layout, described = self._extra_planner.plan(tensors)
             owned = [
                 tensor if name in at_step.tensors else tensor.detach().clone()
                 for name, tensor in tensors.items()

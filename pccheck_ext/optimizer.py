@@ -421,6 +421,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def _bump_versions(self, params: list[Tensor]) -> None:
         """Show the update to those who watch version counters: fused kernels do not."""
+        if type(self._base) in _BY_LAYER and not any(g.get("fused") for g in self.param_groups):
+            return
         tensors = list(params)
         for param in params:
             values = self._base.state.get(param)

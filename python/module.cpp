@@ -166,6 +166,7 @@ void bind_save(py::module_& module) {
              const std::vector<at::Tensor>& tensors) { ticket.seal(manifest, addition, tensors); },
           py::arg("manifest"), py::arg("addition") = nullptr,
           py::arg("tensors") = std::vector<at::Tensor>())
+      .def("leaves_time_to_update", &Ticket::leaves_time_to_update)
       .def("update_ended", &Ticket::update_ended)
       .def("abandon", &Ticket::abandon, py::arg("reason"))
       .def("open_gate", &Ticket::open_gate, py::arg("layer"))

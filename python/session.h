@@ -49,6 +49,7 @@ class Ticket {
   void hand_over(size_t layer, const std::vector<at::Tensor>& tensors);
   void seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
             const std::vector<at::Tensor>& tensors);
+  bool leaves_time_to_update() const { return checkpoint_->leaves_time_to_update(); }
   void update_ended() { checkpoint_->update_ended(); }
   void abandon(const std::string& reason);
 
