@@ -736,7 +736,7 @@ def row_inflation(bench: Bench) -> list[Row]:
         return loop.seconds(step, settle)
 
     quick = bench.options.quick
-    tight = Loop(compute, 1, 3)
+    tight = Loop(compute, 1, 5)
     arms = {"none": lambda: base(tight), "ours": lambda: our(tight)}
     before = ours.trainer.stats()
     times = bench.in_turn("inflation", arms)
@@ -1047,7 +1047,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", action="append", choices=list(ROWS), metavar="ROW",
         help=f"this row alone; may be given again: {', '.join(ROWS)}")  # fmt: skip
     add("--quick", action="store_true", help="a smoke run with a small state and few rounds")
-    add("--rounds", type=int, help="pairs for each row (default 31)")
+    add("--rounds", type=int, help="pairs for each row (default 61)")
     add("--dir", type=Path, default=Path(), help="on the disk to measure (default: here)")
     add("--json", type=Path, help="where the figures go (default: under bench/results/)")
     add("--size-mib", type=int, help="the state's size (default 512)")
@@ -1057,7 +1057,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--keep-last", type=int, default=3, help="checkpoints kept (default 3)")
     add("--memory-child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (3 if options.quick else 31)
+    options.rounds = options.rounds or (3 if options.quick else 61)
     options.size_mib = options.size_mib or (48 if options.quick else 512)
     if options.rounds < 1 or options.size_mib < 1 or options.size_mib % 4:
         parser.error("--rounds is at least 1, --size-mib a positive multiple of 4")

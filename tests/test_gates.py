@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from pccheck_ext import CheckpointError, LayerwiseCheckpointTrainer, ModelRecovery
+from pccheck_ext import _C, CheckpointError, LayerwiseCheckpointTrainer, ModelRecovery
 
 DEADLINE_S = 30.0
 
@@ -574,6 +574,109 @@ def test_the_first_layer_is_being_copied_before_the_last_one_is_updated(
     case.step()
     assert submitted[0] in (1, 2)
     case.assert_committed(1, 2)
+
+
+class OnProcessors:
+    """A trainer of `Deep` as users have it: what copies spares the update what it can."""
+
+    def __init__(self, directory: Path) -> None:
+        torch.manual_seed(0)
+        self.model = Deep()
+        self.trainer = LayerwiseCheckpointTrainer(
+            self.model,
+            torch.optim.Adam(self.model.parameters(), lr=0.01),
+            checkpoint_dir=directory,
+            **{**LITTLE_MEMORY, **SMALL_BLOCKS},
+        )
+        self.saver = self.trainer._saver
+
+    def step(self) -> None:
+        self.trainer.zero_grad()
+        self.model(torch.arange(12).reshape(2, 6)).square().sum().backward()
+        self.trainer.step()
+
+    def watch_gates(self, monkeypatch: pytest.MonkeyPatch, at_gate: Callable[[], None]) -> None:
+        gate = self.saver.before_update
+
+        def watched(layer: str | None) -> None:
+            at_gate()
+            gate(layer)
+
+        monkeypatch.setattr(self.saver, "before_update", watched)
+
+
+def test_layers_that_nobody_would_copy_yet_are_handed_over_after_the_update(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OnProcessors(directory)
+    handed_over: list[set[int]] = []
+
+    def at_gate() -> None:
+        begun = case.saver._begun
+        assert begun is not None
+        if handed_over:
+            eventually(begun.ticket.leaves_time_to_update, "a block is full")
+        handed_over.append(set(begun.handed_over))
+
+    with case.trainer:
+        case.step()
+        case.trainer.wait()
+        case.watch_gates(monkeypatch, at_gate)
+        case.step()
+        case.trainer.wait()
+        assert handed_over == [set(), {0}, {0}]
+        stored = load_file(directory / "step-00000002" / "model.safetensors")
+        assert_same(stored, dict(case.model.state_dict()))
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_once_all_is_staged_no_layer_has_to_pass_a_gate(
+    wait: bool, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OnProcessors(directory)
+    gated: list[int] = []
+
+    def at_gate() -> None:
+        gated.append(sum(begun is not case.saver._begun for begun in case.saver._gated))
+
+    with case.trainer:
+        case.step()
+        case.trainer.end_step()
+        (begun,) = case.saver._gated
+        if wait:
+            eventually(begun.ticket.staged, "everything is staged")
+        else:
+            monkeypatch.setattr(_C.Ticket, "staged", lambda ticket: False)
+        case.watch_gates(monkeypatch, at_gate)
+        case.step()
+        assert gated == [int(not wait)] * 3
+
+
+def test_a_set_of_tensors_that_changes_late_in_the_update_is_planned_anew(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a layer that is to be handed over with the rest."""
+    case = OnProcessors(directory)
+    gates: list[None] = []
+    last = case.model.layers[0].weight
+
+    def at_gate() -> None:
+        begun = case.saver._begun
+        assert begun is not None
+        if gates:
+            eventually(begun.ticket.leaves_time_to_update, "a block is full")
+        gates.append(None)
+        if len(gates) == 3:
+            case.trainer.optimizer.state[last]["more"] = torch.ones(3)
+
+    with case.trainer:
+        case.step()
+        case.trainer.wait()
+        case.watch_gates(monkeypatch, at_gate)
+        case.step()
+        case.trainer.wait()
+        stored = load_file(directory / "step-00000002" / "optimizer.safetensors")
+        assert_same(stored["layers.0.weight.more"], torch.ones(3))
 
 
 # --- Delay, and nothing but delay ----------------------------------------------------------------

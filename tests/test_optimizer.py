@@ -503,6 +503,32 @@ def test_updated_tensors_have_new_version_counters_when_a_layer_is_handed_over()
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize(("kind", "settings", "steps"), CASES)
+def test_whatever_a_layers_update_changed_has_a_new_version_counter(kind, settings, steps) -> None:
+    model = net()
+    base = kind(groups_of(model, kind), **settings)
+    optimizer = wrap(base, model)
+    train(model, optimizer, range(1))
+    watched = {}
+    changed = []
+
+    class Watch(Recorder):
+        def before_update(self, layer: str | None) -> None:
+            for p in model.parameters():
+                for t in (p, *(v for v in base.state[p].values() if isinstance(v, torch.Tensor))):
+                    watched[id(t)] = t, t._version, raw_bytes(t)
+
+        def after_layer(self, layer: str) -> None:
+            for t, version, before in watched.values():
+                if raw_bytes(t) != before:
+                    changed.append(layer)
+                    assert t._version > version, layer
+
+    optimizer._observer = Watch()
+    train(model, optimizer, range(1, 2))
+    assert changed
+
+
 # --- callbacks -------------------------------------------------------------------------------
 
 
