@@ -17,9 +17,12 @@
 #include "cpp/staging_pool.h"
 
 namespace pccheck {
+namespace {
 
 // How many blocks reading with so many threads has in memory: one more than are read at a time.
 size_t buffers_for(unsigned threads) { return std::max<size_t>(threads, 1) + 1; }
+
+}  // namespace
 
 // The first blocks of a file, each in a buffer of its own, one after the other.
 class ReadAhead {
@@ -137,7 +140,9 @@ class BlockReading {
  public:
   // `ahead`, if any, may have begun with the first of the tasks.
   BlockReading(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead)
-      : tasks_(tasks), readers_(std::max(threads, 1u)), buffers_(buffers_for(threads)) {
+      : tasks_(tasks),
+        readers_(std::clamp<size_t>(threads, 1, tasks.size())),
+        buffers_(buffers_for(threads)) {
     for (const BlockTask& task : tasks)
       buffer_bytes_ = std::max<size_t>(buffer_bytes_, task.file->block_bytes);
     if (ahead != nullptr && ahead->buffers() == buffers_ && ahead->buffer_bytes() == buffer_bytes_)
