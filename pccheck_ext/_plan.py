@@ -36,7 +36,8 @@ _EXTRA_STATE = "_extra_state"  # torch's, in a state_dict
 Fetch = Callable[[], "torch.Tensor | None"]
 
 _StateOf: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, tuple[Any, ...]]"
-"""A parameter, how many values the optimizer keeps of it, the keys of those that are no tensor."""
+"""A parameter, how many values the optimizer keeps of it, the keys of those that are not planned as
+tensors."""
 
 
 class PlanChangedError(Exception):
@@ -118,7 +119,7 @@ class SavePlan:
                 values = state.get(parameter, ())
                 if len(values) != size:
                     return False
-                if others and any(isinstance(values.get(k), torch.Tensor) for k in others):
+                if others and any(_is_tensor_entry(k, values.get(k)) for k in others):
                     return False
         return True
 

@@ -314,13 +314,14 @@ class LayerwiseOptimizer(Optimizer):
         found_inf = getattr(base, "found_inf", None)
         voided = found_inf is not None and bool(found_inf != 0)
         told_of = self._plan() if wanted and not voided else []
+        by_torch = raw is not None and type(base) in _BY_LAYER
         foreach = self._foreach() if told_of and raw is not None and self._layerwise else None
         if raw is not None and foreach is not None:
             for layer in told_of:
                 touched = layer.with_gradient()
                 self._pass_gate(layer.name)
                 self._update(raw, layer, foreach)
-                self._bump_versions(touched)
+                self._bump_versions(touched, by_torch=by_torch)
                 told.layer(layer)
             kind = "layerwise"
         else:
@@ -334,7 +335,7 @@ class LayerwiseOptimizer(Optimizer):
                 self._pass_gate(None)
                 raw(base)
             for layer, touched in zip(told_of, all_touched, strict=True):
-                self._bump_versions(touched)
+                self._bump_versions(touched, by_torch=by_torch)
                 told.layer(layer)
             kind = "voided" if voided else "whole" if told_of else "fast"
         self._counts[kind] += 1
@@ -419,9 +420,9 @@ class LayerwiseOptimizer(Optimizer):
         self._layers, self._planned_ids = layers + [unlisted] * bool(unlisted.listed), ids
         return self._layers
 
-    def _bump_versions(self, params: list[Tensor]) -> None:
+    def _bump_versions(self, params: list[Tensor], *, by_torch: bool) -> None:
         """Show the update to those who watch version counters: fused kernels do not."""
-        if type(self._base) in _BY_LAYER and not any(g.get("fused") for g in self.param_groups):
+        if by_torch and not any(group.get("fused") for group in self.param_groups):
             return
         tensors = list(params)
         for param in params:

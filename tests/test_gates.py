@@ -679,6 +679,21 @@ def test_a_set_of_tensors_that_changes_late_in_the_update_is_planned_anew(
         assert_same(stored["layers.0.weight.more"], torch.ones(3))
 
 
+def test_a_tensor_under_a_key_that_is_no_name_is_saved_all_the_same(directory: Path) -> None:
+    case = OnProcessors(directory)
+    with case.trainer:
+        case.step()
+        parameter = case.model.layers[0].weight
+        case.trainer.optimizer.state[parameter][0] = torch.ones(3)
+        for _ in range(3):
+            case.step()
+        case.trainer.wait()
+        assert case.trainer.stats()["checkpoints_committed"] == 4
+        case.trainer.optimizer.state[parameter][0].zero_()
+        case.trainer.load_checkpoint("step-00000004")
+        assert_same(case.trainer.optimizer.state[parameter][0], torch.ones(3))
+
+
 # --- Delay, and nothing but delay ----------------------------------------------------------------
 
 

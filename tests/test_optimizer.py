@@ -1091,6 +1091,22 @@ def test_a_step_method_replaced_on_the_base_is_respected_and_announced_once() ->
     assert recorder.named("gate") == [None, None]
 
 
+def test_a_replaced_steps_updates_show_in_version_counters() -> None:
+    model, base, optimizer, recorder = small()
+
+    def mine(self: Optimizer, closure: Callable | None = None) -> None:
+        for parameter in model.parameters():
+            parameter.data.add_(1.0)  # behind the counter's back
+
+    base.step = types.MethodType(mine, base)
+    before = [p._version for p in model.parameters()]
+    seen = []
+    recorder.after_layer = lambda layer: seen.append([p._version for p in model.parameters()])
+    with pytest.warns(UserWarning, match="replaced"):
+        optimizer.step()
+    assert all(now > then for now, then in zip(seen[-1], before, strict=True))
+
+
 # --- a real torch.optim.Optimizer ------------------------------------------------------------
 
 
