@@ -23,8 +23,8 @@ cuda_stamp := .venv-cuda/.torch-$(call key,$(CUDA_TORCH))
 cuda_copy := build/cuda_check
 
 # The folders stand for files that were added or removed.
-sources := setup.py pyproject.toml cpp cuda python $(wildcard cpp/* cuda/* python/*)
-cxx_files := $(wildcard $(foreach room,cpp cuda python tests/cpp,\
+sources := setup.py pyproject.toml cpp cuda python $(wildcard cpp/* cpp/bin/* cuda/* python/*)
+cxx_files := $(wildcard $(foreach room,cpp cpp/bin cuda python tests/cpp,\
   $(room)/*.h $(room)/*.cuh $(room)/*.cpp $(room)/*.cu))
 
 .NOTPARALLEL:
@@ -149,7 +149,7 @@ $(cuda_stamp): .venv-cuda/.made
 cuda-check: $(cuda_stamp)
 	@mkdir -p $(cuda_copy)
 	@cd $(cuda_copy) && rm -rf cpp cuda python pccheck_ext
-	@tar -c --exclude='*.so' --exclude=_build_info.py --exclude=__pycache__ setup.py \
+	@tar -c --exclude='*.so' --exclude=pccheck-monitor --exclude=_build_info.py --exclude=__pycache__ setup.py \
 	  pyproject.toml README.md LICENSE cpp cuda python pccheck_ext | tar -x -C $(cuda_copy)
 	PCCHECK_CUDA=1 PCCHECK_WERROR=1 .venv-cuda/bin/python -m pip install --no-build-isolation \
 	  --force-reinstall --no-deps ./$(cuda_copy)
@@ -165,7 +165,7 @@ cuda-check: $(cuda_stamp)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
-	rm -f pccheck_ext/*.so pccheck_ext/_build_info.py $(built)
+	rm -f pccheck_ext/*.so pccheck_ext/pccheck-monitor pccheck_ext/_build_info.py $(built)
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

@@ -29,6 +29,7 @@ OLDEST_TORCH = (2, 11)
 OLDEST_SETUPTOOLS = 77  # the first to read `license = "Apache-2.0"`; needs no `wheel` beside it
 INSTALL = "`pip install --no-build-isolation .`"
 PACKAGE = "pccheck_ext"
+ROOMS = ("cpp", "cpp/bin", "cuda", "python")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -204,7 +205,7 @@ def describe_extension(torch, with_cuda: bool):
         sorted(sources),
         include_dirs=[HERE],
         # Whole rooms, not the headers alone: a source distribution is made of what stands here.
-        depends=sorted(glob.glob("cpp/*") + glob.glob("cuda/*") + glob.glob("python/*")),
+        depends=sorted(p for room in ROOMS for p in glob.glob(room + "/*") if os.path.isfile(p)),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     )
 
@@ -238,7 +239,10 @@ def build_command(torch, with_cuda: bool):
         def run(self) -> None:
             try:
                 super().run()
-            except (RuntimeError, CompileError, LinkError):  # what torch and setuptools raise
+                for root in (HERE,) if self.inplace else (self.build_lib, HERE):
+                    self.link_monitor(os.path.join(root, PACKAGE, "pccheck-monitor"))
+            except (RuntimeError, CompileError, LinkError, subprocess.CalledProcessError):
+                # what torch, setuptools and the compiler's own command line fail with
                 stop("compiling or linking failed; what the compiler said stands above.")
             # Python started in the source folder imports the package from here, whichever way it
             # was installed; so the folder gets what was built, too.
@@ -246,6 +250,17 @@ def build_command(torch, with_cuda: bool):
                 self.copy_extensions_to_source()
                 self.write_build_info(self.build_lib)
             self.write_build_info(HERE)
+
+        def link_monitor(self, executable: str) -> None:
+            """The monitor: an executable of cpp/ alone, from the objects that were made for it."""
+            objects = glob.glob(os.path.join(self.build_temp, "cpp", "*.o"))
+            sources = {os.path.splitext(os.path.basename(s))[0] for s in glob.glob("cpp/*.cpp")}
+            objects = [o for o in objects if os.path.splitext(os.path.basename(o))[0] in sources]
+            # Runtime libraries linked in: it starts faster, and wherever it is carried.
+            command = [*shlex.split(os.environ["CXX"]), "-std=c++20", "-O3", "-I" + HERE]
+            command += ["cpp/bin/pccheck_monitor.cpp", *sorted(objects), "-pthread"]
+            command += ["-static-libstdc++", "-static-libgcc", "-s", "-o", executable]
+            subprocess.run(command, check=True)
 
         def write_build_info(self, folder: str) -> None:
             with open(os.path.join(folder, PACKAGE, "_build_info.py"), "w") as file:

@@ -25,6 +25,7 @@ class Block {
   }
 
   std::span<std::byte> contents() const { return slot_.bytes().first(bytes); }
+  size_t slot() const { return slot_.index(); }
 
   const std::shared_ptr<Checkpoint> checkpoint;
   const uint32_t file;

@@ -385,4 +385,43 @@ void Checkpoint::announce_end() {
   bells_.committer();
 }
 
+void Checkpoint::extend(std::shared_ptr<const Layout> layout) {
+  const std::lock_guard lock(mutex_);
+  if (addition_ || sealed_)
+    throw std::logic_error("checkpoint " + name_ + " takes no more files now");
+  addition_ = std::move(layout);
+  add_files(*addition_);
+}
+
+bool Checkpoint::has_block(uint32_t file, uint64_t block, uint64_t bytes) const {
+  const std::lock_guard lock(mutex_);
+  if (file >= files_.size()) return false;
+  const FileState& state = *files_[file];
+  return block < state.block_sums.size() &&
+         state.layout->block_size(state.index_in_layout, block) == bytes;
+}
+
+std::shared_ptr<const Layout> Checkpoint::addition() const {
+  const std::lock_guard lock(mutex_);
+  return addition_;
+}
+
+std::span<const std::byte> Checkpoint::manifest() const {
+  const std::lock_guard lock(mutex_);
+  return manifest_;  // of a sealed checkpoint: nobody changes it before the end
+}
+
+void Checkpoint::published_elsewhere() {
+  const std::lock_guard lock(mutex_);
+  published_ = Clock::now();
+}
+
+void Checkpoint::failed_elsewhere(std::exception_ptr error) {
+  {
+    const std::lock_guard lock(mutex_);
+    publishing_ = false;
+  }
+  fail(std::move(error));
+}
+
 }  // namespace pccheck

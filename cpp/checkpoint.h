@@ -83,7 +83,7 @@ class OutcomeUnknown : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class Checkpoint {
+class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
  public:
   enum class State { in_flight, committed, failed };
 
@@ -93,6 +93,8 @@ class Checkpoint {
     std::function<void()> committer;  // ready to be published or discarded, or ended
   };
 
+  // `target` is null where another process persists: then neither the writers' nor the committer's
+  // part is called here. Where another process stages, the layout has no layers.
   Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
              std::unique_ptr<Target> target, Bells bells);
 
@@ -140,6 +142,7 @@ class Checkpoint {
   State state() const;
   std::exception_ptr error() const;
   double durable_seconds() const;  // begin to commit, once published
+  const std::shared_ptr<const Layout>& layout() const { return layout_; }
   uint64_t payload_bytes() const;
 
   // -- the stager --------------------------------------------------------------------------------
@@ -174,11 +177,27 @@ class Checkpoint {
   void persist_manifest();       // while the last of the payload is being written
   bool ready_to_publish() const;
   bool ready_to_discard() const;
+  // Reads every tripwire for the last time; from here on fail() changes nothing. Throws what has
+  // failed the checkpoint.
+  void begin_publishing();
   void publish();  // everything but the acknowledgement
   void discard();
   void end(State state);  // the acknowledgement; takes only this object's lock
   void announce_end();    // whoever waits goes on
   void retire();
+
+  // -- across processes --------------------------------------------------------------------------
+
+  // Where another process stages: more files, whose blocks are about to come.
+  void extend(std::shared_ptr<const Layout> layout);
+  bool has_block(uint32_t file, uint64_t block, uint64_t bytes) const;
+
+  // Where another process persists: what it needs of a sealed checkpoint...
+  std::shared_ptr<const Layout> addition() const;
+  std::span<const std::byte> manifest() const;
+  // ... and what came of it. A publication that was begun may fail by this alone.
+  void published_elsewhere();
+  void failed_elsewhere(std::exception_ptr error);
 
  private:
   struct FileState {
@@ -194,7 +213,6 @@ class Checkpoint {
   size_t layer_count() const;
   File& file(uint32_t index);
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
-  void begin_publishing();
   template <typename Condition>
   bool wait_at_gate(Clock::time_point until, Condition staged);
 

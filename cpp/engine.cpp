@@ -5,13 +5,9 @@
 namespace pccheck {
 namespace {
 
-constexpr unsigned kMaxWriters = 256;
 constexpr unsigned kUnsparedAfterAHurry = 16;
 
 EngineOptions checked(EngineOptions options) {
-  if (options.writer_threads == 0 || options.writer_threads > kMaxWriters)
-    throw std::invalid_argument("number of writer threads must be 1 to 256, not " +
-                                std::to_string(options.writer_threads));
   if (options.max_in_flight == 0)
     throw std::invalid_argument("number of checkpoints in flight must be at least 1");
   return options;
@@ -20,22 +16,20 @@ EngineOptions checked(EngineOptions options) {
 }  // namespace
 
 Engine::Engine(EngineOptions options, std::unique_ptr<Copier> copier,
-               std::unique_ptr<SlotMemory> memory)
+               std::unique_ptr<SlotMemory> memory, std::unique_ptr<Persister> persister)
     : options_(checked(options)),
       pool_(std::move(memory), options_.block_bytes, [this] { stager_bell_.ring(); }),
       copier_(std::move(copier)),
       stager_(pool_, *copier_, full_),
-      writers_(full_) {
-  threads_.push_back(std::make_unique<WorkerThread>(stager_, stager_bell_, "pccheck-stage"));
-  for (unsigned i = 0; i < options_.writer_threads; ++i)
-    threads_.push_back(std::make_unique<WorkerThread>(writers_, writer_bell_, "pccheck-write"));
-  threads_.push_back(std::make_unique<WorkerThread>(committer_, committer_bell_, "pccheck-commit"));
+      persister_(std::move(persister)),
+      thread_(std::make_unique<WorkerThread>(stager_, stager_bell_, "pccheck-stage")) {
+  persister_->start(full_, persister_bell_);
 }
 
 Engine::~Engine() {
   abandon_unsealed();
   wait_idle(Clock::time_point::max());
-  threads_.clear();
+  thread_.reset();
 }
 
 void Engine::abandon_unsealed() {
@@ -47,22 +41,21 @@ void Engine::abandon_unsealed() {
 bool Engine::wait_room(Clock::time_point until) const {
   std::unique_lock lock(mutex_);
   return progress_.wait_until(lock, until,
-                              [&] { return committer_.in_flight() < options_.max_in_flight; });
+                              [&] { return persister_->in_flight() < options_.max_in_flight; });
 }
 
 bool Engine::wait_idle(Clock::time_point until) const {
   std::unique_lock lock(mutex_);
-  return progress_.wait_until(lock, until, [&] { return committer_.in_flight() == 0; });
+  return progress_.wait_until(lock, until, [&] { return persister_->in_flight() == 0; });
 }
 
 std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
                                           std::shared_ptr<const Layout> layout,
                                           std::unique_ptr<Target> target, bool during_update) {
-  if (const std::exception_ptr unknown = committer_.outcome_unknown())
-    std::rethrow_exception(unknown);
+  if (const std::exception_ptr refusal = persister_->refusal()) std::rethrow_exception(refusal);
   if (newest_ && newest_->awaits_seal())
     throw std::logic_error("checkpoint " + newest_->name() + " is not sealed yet");
-  if (committer_.in_flight() >= options_.max_in_flight)
+  if (persister_->in_flight() >= options_.max_in_flight)
     throw std::logic_error("there is no room for one more checkpoint in flight");
   if (layout->block_bytes() != options_.block_bytes)
     throw std::invalid_argument("the layout was made for another block size");
@@ -78,13 +71,13 @@ std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
       Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }});
   const bool on_processors = copier_->sums_while_copying();  // a device copies at no cost to it
   if (during_update && on_processors && unspared_ == 0) newest_->update_began();
-  committer_.add(newest_);
+  persister_->add(newest_);
   stager_.add(newest_);
   return newest_;
 }
 
 void Engine::something_ended() {
-  committer_bell_.ring();
+  persister_->look();
   {
     const std::lock_guard lock(mutex_);
   }  // whoever looked before the change is waiting by now

@@ -1,4 +1,5 @@
-// The engine: one pool, one stager, some writers, one committer, and the checkpoints in flight.
+// The engine: one pool, one stager, what persists (writers and a committer here, or a monitor), and
+// the checkpoints in flight.
 //
 //   begin -> hand_over(layer) ... -> seal -> committed | failed
 //
@@ -15,28 +16,27 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "cpp/block.h"
 #include "cpp/checkpoint.h"
-#include "cpp/committer.h"
+#include "cpp/local_persister.h"
+#include "cpp/persister.h"
 #include "cpp/stager.h"
 #include "cpp/staging_pool.h"
 #include "cpp/worker.h"
-#include "cpp/writer_pool.h"
 
 namespace pccheck {
 
 struct EngineOptions {
   size_t block_bytes;
-  unsigned writer_threads;
   size_t max_in_flight;  // checkpoints; one more waits
 };
 
 class Engine {
  public:
   // Starts the threads. Throws std::invalid_argument naming the option that cannot be.
-  Engine(EngineOptions options, std::unique_ptr<Copier> copier, std::unique_ptr<SlotMemory> memory);
+  Engine(EngineOptions options, std::unique_ptr<Copier> copier, std::unique_ptr<SlotMemory> memory,
+         std::unique_ptr<Persister> persister);
   // Checkpoints that were never sealed fail; the others are finished first.
   ~Engine();
 
@@ -47,8 +47,9 @@ class Engine {
   // training has lately had to wait for the staging.
   //
   // Throws std::logic_error when there is no room (see wait_room) or the one before is not sealed,
-  // std::invalid_argument when the layout needs more slots than the pool has, OutcomeUnknown after
-  // a publication whose result is unknown.
+  // std::invalid_argument when the layout needs more slots than the pool has, and what the
+  // persister refuses with, such as OutcomeUnknown after a publication whose result is unknown.
+  // `target` is null where another process has it.
   std::shared_ptr<Checkpoint> begin(Identity identity, std::string name,
                                     std::shared_ptr<const Layout> layout,
                                     std::unique_ptr<Target> target, bool during_update = false);
@@ -58,9 +59,9 @@ class Engine {
 
   bool wait_idle(Clock::time_point until) const;  // nothing in flight
 
-  size_t in_flight() const { return committer_.in_flight(); }
-  CommitCounts counts() const { return committer_.counts(); }
-  std::optional<std::string> take_complaint() { return committer_.take_complaint(); }
+  size_t in_flight() const { return persister_->in_flight(); }
+  CommitCounts counts() const { return persister_->counts(); }
+  std::optional<std::string> take_complaint() { return persister_->take_complaint(); }
   size_t staging_bytes() const { return pool_.slot_bytes() * pool_.slot_count(); }
   size_t free_slots() const { return pool_.free_slots(); }
   size_t slot_count() const { return pool_.slot_count(); }
@@ -71,21 +72,19 @@ class Engine {
 
   const EngineOptions options_;
 
-  Doorbell stager_bell_, writer_bell_, committer_bell_;
+  Doorbell stager_bell_, persister_bell_;
   mutable std::mutex mutex_;  // guards nothing but the waiting on progress_
   mutable std::condition_variable progress_;
 
   StagingPool pool_;
   const std::unique_ptr<Copier> copier_;  // ends before the slots it may still be copying into
-  BlockQueue full_{writer_bell_, stager_bell_};
+  BlockQueue full_{persister_bell_, stager_bell_};
   Stager stager_;
-  WriterPool writers_;
-  Committer committer_;
+  const std::unique_ptr<Persister> persister_;
   std::shared_ptr<Checkpoint> newest_;  // both the caller's thread only
   unsigned unspared_ = 0;               // checkpoints to come that are not held back by updates
 
-  // Last: they stop before anything they use goes away.
-  std::vector<std::unique_ptr<WorkerThread>> threads_;
+  std::unique_ptr<WorkerThread> thread_;  // last: it stops before anything it uses goes away
 };
 
 }  // namespace pccheck

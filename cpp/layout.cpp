@@ -77,6 +77,18 @@ std::shared_ptr<const Layout> Layout::make(std::vector<FileSpec> files, LayoutOp
   return layout;
 }
 
+std::shared_ptr<const Layout> Layout::of_files(std::vector<PayloadFile> files, size_t block_bytes) {
+  if (block_bytes == 0 || block_bytes % kDirectAlignment != 0)
+    throw std::invalid_argument("block size of " + std::to_string(block_bytes) +
+                                " bytes is not a multiple of " + std::to_string(kDirectAlignment));
+  for (const PayloadFile& file : files)
+    if (file.grid_begin > file.size_bytes)
+      throw std::invalid_argument("file " + file.name + " ends before its blocks begin");
+  std::shared_ptr<Layout> layout(new Layout({.block_bytes = block_bytes, .layer_count = 0}));
+  layout->files_ = std::move(files);
+  return layout;
+}
+
 void Layout::add_file(FileSpec spec) {
   PayloadFile file{
       .name = std::move(spec.name), .header = {}, .grid_begin = 0, .size_bytes = 0, .tensors = {}};

@@ -87,6 +87,10 @@ class Layout {
   // Throws std::invalid_argument naming the tensor or argument that cannot be.
   static std::shared_ptr<const Layout> make(std::vector<FileSpec> files, LayoutOptions options);
 
+  // The layout of a checkpoint that another process stages: files and their blocks, of which only
+  // names and sizes are known, and no layers.
+  static std::shared_ptr<const Layout> of_files(std::vector<PayloadFile> files, size_t block_bytes);
+
   size_t block_bytes() const { return options_.block_bytes; }
   const std::vector<PayloadFile>& files() const { return files_; }
   const std::vector<LayerPlan>& layers() const { return layers_; }

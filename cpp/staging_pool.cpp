@@ -50,21 +50,21 @@ std::unique_ptr<SlotMemory> allocate_host_slots(size_t bytes) {
 }
 
 SlotLease::SlotLease(SlotLease&& other) noexcept
-    : pool_(std::exchange(other.pool_, nullptr)), index_(other.index_) {}
+    : owner_(std::exchange(other.owner_, nullptr)), index_(other.index_) {}
 
 SlotLease& SlotLease::operator=(SlotLease&& other) noexcept {
   if (this != &other) {
     release();
-    pool_ = std::exchange(other.pool_, nullptr);
+    owner_ = std::exchange(other.owner_, nullptr);
     index_ = other.index_;
   }
   return *this;
 }
 
-std::span<std::byte> SlotLease::bytes() const { return pool_->slot(index_); }
+std::span<std::byte> SlotLease::bytes() const { return owner_->slot(index_); }
 
 void SlotLease::release() noexcept {
-  if (StagingPool* pool = std::exchange(pool_, nullptr)) pool->release(index_);
+  if (SlotOwner* owner = std::exchange(owner_, nullptr)) owner->release(index_);
 }
 
 StagingPool::StagingPool(std::unique_ptr<SlotMemory> memory, size_t slot_bytes,

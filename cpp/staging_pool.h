@@ -24,29 +24,34 @@ class SlotMemory {
 // of a save), and left out of forked children. Throws std::system_error.
 std::unique_ptr<SlotMemory> allocate_host_slots(size_t bytes);
 
-class StagingPool;
+// Whoever slots are leased from.
+class SlotOwner {
+ public:
+  virtual ~SlotOwner() = default;
+  virtual std::span<std::byte> slot(size_t index) = 0;
+  virtual void release(size_t index) noexcept = 0;
+};
 
 // The right to one slot; returns it when destroyed.
 class SlotLease {
  public:
   SlotLease() = default;
+  SlotLease(SlotOwner& owner, size_t index) : owner_(&owner), index_(index) {}
   SlotLease(SlotLease&& other) noexcept;
   SlotLease& operator=(SlotLease&& other) noexcept;
   ~SlotLease() { release(); }
 
   std::span<std::byte> bytes() const;
-  explicit operator bool() const { return pool_ != nullptr; }
+  size_t index() const { return index_; }
+  explicit operator bool() const { return owner_ != nullptr; }
   void release() noexcept;
 
  private:
-  friend class StagingPool;
-  SlotLease(StagingPool& pool, size_t index) : pool_(&pool), index_(index) {}
-
-  StagingPool* pool_ = nullptr;
+  SlotOwner* owner_ = nullptr;
   size_t index_ = 0;
 };
 
-class StagingPool {
+class StagingPool final : public SlotOwner {
  public:
   // `memory` must hold at least one slot; it outlives every lease with the pool. `on_release` is
   // called, outside the pool's lock, when a slot has come back to a pool that had none.
@@ -60,9 +65,8 @@ class StagingPool {
   size_t free_slots() const;
 
  private:
-  friend class SlotLease;
-  std::span<std::byte> slot(size_t index);
-  void release(size_t index) noexcept;
+  std::span<std::byte> slot(size_t index) override;
+  void release(size_t index) noexcept override;
 
   const std::unique_ptr<SlotMemory> memory_;
   const size_t slot_bytes_;

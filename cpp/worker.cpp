@@ -57,14 +57,21 @@ void work(const std::stop_token& stop, Worker& worker, Doorbell& bell) {
 
 }  // namespace
 
-WorkerThread::WorkerThread(Worker& worker, Doorbell& bell, std::string name) : bell_(bell) {
+std::jthread start_thread(std::string name, std::function<void(const std::stop_token&)> body) {
   const AllSignalsBlocked blocked;  // a new thread inherits its maker's mask
-  thread_ = std::jthread([&worker, &bell, name = std::move(name)](const std::stop_token& stop) {
-    ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
-    give_way();
-    work(stop, worker, bell);
-  });
+  return std::jthread(
+      [name = std::move(name), body = std::move(body)](const std::stop_token& stop) {
+        ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
+        give_way();
+        body(stop);
+      });
 }
+
+WorkerThread::WorkerThread(Worker& worker, Doorbell& bell, std::string name)
+    : bell_(bell),
+      thread_(start_thread(std::move(name), [&worker, &bell](const std::stop_token& stop) {
+        work(stop, worker, bell);
+      })) {}
 
 void WorkerThread::stop() {
   if (!thread_.joinable()) return;

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <stop_token>
 #include <string>
@@ -66,6 +67,9 @@ class Doorbell {
   mutable std::condition_variable rung_;
   uint64_t rings_ = 0;
 };
+
+// A thread of the engine: it takes no signals, gives way to training, and is known by its name.
+std::jthread start_thread(std::string name, std::function<void(const std::stop_token&)> body);
 
 // Calls a worker on a thread until stopped; idle it takes no processor time.
 class WorkerThread {

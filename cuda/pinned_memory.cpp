@@ -47,7 +47,11 @@ class PinnedSlots final : public SlotMemory {
 
 std::unique_ptr<SlotMemory> allocate_pinned_slots(size_t bytes) {
   if (bytes == 0) throw std::invalid_argument("pinned staging memory of 0 bytes");
-  return std::make_unique<PinnedSlots>(allocate_host_slots(bytes));
+  return pin_slots(allocate_host_slots(bytes));
+}
+
+std::unique_ptr<SlotMemory> pin_slots(std::unique_ptr<SlotMemory> host) {
+  return std::make_unique<PinnedSlots>(std::move(host));
 }
 
 }  // namespace pccheck

@@ -15,4 +15,7 @@ namespace pccheck {
 // in. Throws std::system_error or std::runtime_error.
 std::unique_ptr<SlotMemory> allocate_pinned_slots(size_t bytes);
 
+// The same for host slots that are there already, such as those shared with a monitor.
+std::unique_ptr<SlotMemory> pin_slots(std::unique_ptr<SlotMemory> host);
+
 }  // namespace pccheck

@@ -77,7 +77,11 @@ class Session:
         device: str = "cpu",
         manual_copier: bool = False,
         verify_staged: bool = False,
-    ) -> None: ...
+        monitor: str | None = None,
+        drain_timeout_s: float = 60.0,
+    ) -> None:
+        """`monitor`: the executable that is to write, in a process of its own."""
+
     def begin(
         self,
         name: str,
@@ -93,6 +97,13 @@ class Session:
     def close(self) -> str | None:
         """Finish what was sealed; returns what could not be cleared up, if anything."""
 
+    @property
+    def monitor_process(self) -> int | None: ...
+    def monitor_death(self) -> str | None:
+        """What the monitor has died of: until one of the next two, nothing can be begun."""
+
+    def restart_monitor(self) -> None: ...
+    def go_direct(self) -> None: ...
     @property
     def is_open(self) -> bool: ...
     @property

@@ -103,6 +103,7 @@ class StepSaver:
         progress: Callable[[], dict[str, Any]],
         config: dict[str, Any],
         order_is_given: bool,
+        on_monitor_death: str = "restart",
     ) -> None:
         self.session = session
         self.model = model
@@ -115,6 +116,7 @@ class StepSaver:
         self.on_error = on_error
         self.progress = progress
         self.config = config
+        self.on_monitor_death = on_monitor_death
         self.run_id = os.urandom(16)
         self._owner = os.getpid()
         self.step = 0
@@ -146,6 +148,7 @@ class StepSaver:
             return False  # most steps, where few are saved: nothing to look after
         start = time.perf_counter()
         try:
+            self._survive_monitor()
             self.raise_failures()
             self.seal()
             self._open_gates_of_staged()
@@ -288,12 +291,18 @@ class StepSaver:
             if older.name == name:
                 older.wait()  # an attempt at the same name that failed: let it clear its files away
         try:
+            self._survive_monitor()
             if self._first_save:
                 self._set_aside(self._origin)
                 self._first_save = False
-            ticket = self.session.begin(
-                name, step, self.run_id, os.urandom(16), plan.layout, during_update
-            )
+            save_id = os.urandom(16)
+            begin = (name, step, self.run_id, save_id, plan.layout, during_update)
+            try:
+                ticket = self.session.begin(*begin)
+            except RuntimeError:
+                if not self._survive_monitor():
+                    raise
+                ticket = self.session.begin(*begin)
         except (OSError, RuntimeError) as error:
             self._report(f"checkpoint {name} could not be begun: {error}", error)
             return None
@@ -437,6 +446,37 @@ class StepSaver:
         return begun.ticket
 
     # -- the gate for others, and failures ---------------------------------------------------------
+
+    def _survive_monitor(self) -> bool:
+        """After the monitor's death: tell, and go on as `on_monitor_death` says. False: it lives.
+
+        What it had not committed is lost, which the next checkpoint makes up for; so training is
+        not stopped for it, unless it was asked to be.
+        """
+        death = self.session.monitor_death()
+        if death is None:
+            return False
+        self.seal()
+        for ticket in [*self._in_flight, *self._dropped]:
+            ticket.wait()
+        lost = [ticket.name for ticket in self._in_flight if not ticket.committed()]
+        for begun in self._gated:
+            begun.ticket.open_all_gates()
+        if self.on_monitor_death == "raise":
+            self.raise_failures()
+        self._gated, self._in_flight, self._dropped = [], [], []
+        direct = self.on_monitor_death == "direct"
+        warnings.warn(
+            f"{death}. Lost: {', '.join(lost) or 'none'}. Training goes on, "
+            + ("writing from its own process" if direct else "with a new monitor"),
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        try:
+            (self.session.go_direct if direct else self.session.restart_monitor)()
+        except (OSError, RuntimeError) as error:
+            self._report(f"{death}, and there is no going on: {error}", error)
+        return True
 
     def gate_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """The step pre-hook of every optimizer there is: opens the gates if it owns anything."""

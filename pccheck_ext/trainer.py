@@ -28,6 +28,7 @@ HISTORY = 10_000
 """How many of the newest losses are kept and saved."""
 
 _MIB = 1 << 20
+_MONITOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pccheck-monitor")
 _DATA_WORDS = ("loader", "data", "sampler")
 
 
@@ -77,6 +78,11 @@ class LayerwiseCheckpointTrainer:
         checkpoint_chunk_count: Ranges in which `save_full_checkpoint` writes, in parallel.
         wait_for_chunks: `step()` and `save_full_checkpoint` return when durable.
         lock_timeout_s: How long to wait for another process to let go of the directory.
+        use_monitor: Write from a process of its own, which commits what was sealed even if this
+            one is killed.
+        on_monitor_death: "restart" warns and goes on with a new monitor, "direct" warns and goes
+            on without one, "raise" raises `CheckpointError`.
+        drain_timeout_s: How long a monitor whose trainer was killed may take to commit the rest.
 
     Raises:
         ValueError, TypeError: an argument that cannot be; nothing has been written then.
@@ -114,9 +120,11 @@ class LayerwiseCheckpointTrainer:
         block_size_mb: float = 2.0,
         lock_timeout_s: float = 30.0,
         verify_staged: bool = False,
+        on_monitor_death: str = "restart",
+        drain_timeout_s: float = 60.0,
         _manual_copier: bool = False,
     ) -> None:
-        _refuse_modes(use_pccheck, use_monitor, is_distributed, world_size)
+        _refuse_modes(use_pccheck, is_distributed, world_size)
         if c_lib_path is not None:
             warnings.warn("c_lib_path is ignored: the engine is built in", stacklevel=2)
         if not isinstance(model, nn.Module):
@@ -135,6 +143,10 @@ class LayerwiseCheckpointTrainer:
             )
         if on_error not in ("raise", "warn"):
             raise ValueError(f'on_error must be "raise" or "warn", not {on_error!r}')
+        if on_monitor_death not in ("restart", "direct", "raise"):
+            raise ValueError(
+                f'on_monitor_death must be "restart", "direct" or "raise", not {on_monitor_death!r}'
+            )
         _check_extra(extra)
         if device is not None:
             model.to(device)
@@ -163,6 +175,8 @@ class LayerwiseCheckpointTrainer:
                 device=str(_device_of(model)),
                 manual_copier=_manual_copier,
                 verify_staged=verify_staged,
+                monitor=_MONITOR if use_monitor else None,
+                drain_timeout_s=_positive("drain_timeout_s", drain_timeout_s),
             )
         except RuntimeError as error:
             raise CheckpointError(str(error)) from None
@@ -190,6 +204,7 @@ class LayerwiseCheckpointTrainer:
                 "save_gradients": save_gradients,
             },
             order_is_given=order_is_given,
+            on_monitor_death=on_monitor_death,
         )
         self.optimizer._observer = self._saver
         self._gate = register_optimizer_step_pre_hook(_gate_hook(weakref.ref(self._saver)))
@@ -549,14 +564,10 @@ def _gate_hook(saver: weakref.ref[StepSaver]) -> Callable[..., None]:
     return gate
 
 
-def _refuse_modes(
-    use_pccheck: bool, use_monitor: bool, is_distributed: bool, world_size: int
-) -> None:
+def _refuse_modes(use_pccheck: bool, is_distributed: bool, world_size: int) -> None:
     wanted = None
     if not use_pccheck:
         wanted = "use_pccheck=False (mock mode)"
-    elif use_monitor:
-        wanted = "use_monitor=True (monitor mode)"
     elif is_distributed or world_size != 1:
         wanted = "is_distributed=True or world_size over 1"
     if wanted is not None:

@@ -18,6 +18,8 @@ bool built_with_cuda();
 // build has no support for the device.
 std::unique_ptr<Copier> make_copier(c10::Device device);
 std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, size_t bytes);
+// Memory that is there already, made fit for the device.
+std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, std::unique_ptr<SlotMemory> host);
 
 // What the device's current stream has been asked to do up to now, for a copier of that device;
 // null for CPUs. Caller's thread.

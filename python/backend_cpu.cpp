@@ -26,6 +26,11 @@ std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, size_t bytes) {
   return allocate_host_slots(bytes);
 }
 
+std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, std::unique_ptr<SlotMemory> host) {
+  require_cpu(device);
+  return host;
+}
+
 std::unique_ptr<ReadyMark> mark_ready(Copier&, c10::Device) { return nullptr; }
 
 void bind_device_probes(pybind11::module_&) {}

@@ -32,8 +32,14 @@ std::unique_ptr<Copier> make_copier(c10::Device device) {
 std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, size_t bytes) {
   require_known(device);
   if (device.is_cpu()) return allocate_host_slots(bytes);
+  return make_slot_memory(device, allocate_host_slots(bytes));
+}
+
+std::unique_ptr<SlotMemory> make_slot_memory(c10::Device device, std::unique_ptr<SlotMemory> host) {
+  require_known(device);
+  if (device.is_cpu()) return host;
   const c10::cuda::CUDAGuard guard(device);  // pinning makes a context on the current device
-  return allocate_pinned_slots(bytes);
+  return pin_slots(std::move(host));
 }
 
 std::unique_ptr<ReadyMark> mark_ready(Copier& copier, c10::Device device) {

@@ -58,24 +58,30 @@ py::list layer_tensors(const Layout& layout, size_t layer) {
   return tensors;
 }
 
+// For waits with the interpreter's lock released.
+void look_for_signals() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 std::unique_ptr<Session> open_session(const std::string& path, size_t block_bytes,
                                       size_t staging_bytes, unsigned writer_threads,
                                       size_t max_in_flight, size_t keep_last, double lock_timeout_s,
                                       const std::string& device, bool manual_copier,
-                                      bool verify_staged) {
-  const SessionOptions options{block_bytes,         staging_bytes, writer_threads,
-                               max_in_flight,       keep_last,     lock_timeout_s,
-                               c10::Device(device), manual_copier, verify_staged};
+                                      bool verify_staged, const std::optional<std::string>& monitor,
+                                      double drain_timeout_s) {
+  SessionOptions options{block_bytes,   staging_bytes,  writer_threads,      max_in_flight,
+                         keep_last,     lock_timeout_s, c10::Device(device), manual_copier,
+                         verify_staged, std::nullopt};
+  if (monitor)
+    options.monitor = MonitorOptions{*monitor, std::chrono::duration<double>(drain_timeout_s)};
   const py::gil_scoped_release release;
-  return std::make_unique<Session>(path, options, [] {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  });
+  return std::make_unique<Session>(path, std::move(options), look_for_signals);
 }
 
 py::dict session_stats(Session& session) {
   const Engine& engine = session.engine();
-  const CommitCounts counts = engine.counts();
+  const CommitCounts counts = session.counts();
   py::dict stats;
   stats["checkpoints_committed"] = counts.committed;
   stats["checkpoints_failed"] = counts.failed;
@@ -87,6 +93,7 @@ py::dict session_stats(Session& session) {
   stats["staging_bytes"] = engine.staging_bytes();
   stats["free_slots"] = engine.free_slots();
   stats["slots"] = engine.slot_count();
+  stats["last_sealed_step"] = session.last_sealed_step();
   return stats;
 }
 
@@ -181,7 +188,8 @@ void bind_save(py::module_& module) {
       .def(py::init(&open_session), py::arg("path"), py::kw_only(), py::arg("block_bytes"),
            py::arg("staging_bytes"), py::arg("writer_threads"), py::arg("max_in_flight"),
            py::arg("keep_last"), py::arg("lock_timeout_s"), py::arg("device") = "cpu",
-           py::arg("manual_copier") = false, py::arg("verify_staged") = false)
+           py::arg("manual_copier") = false, py::arg("verify_staged") = false,
+           py::arg("monitor") = std::nullopt, py::arg("drain_timeout_s") = 60.0)
       .def(
           "begin",
           [](Session& session, const std::string& name, uint64_t step, const py::bytes& run_id,
@@ -196,6 +204,10 @@ void bind_save(py::module_& module) {
       .def_property_readonly("is_open", &Session::is_open)
       .def_property_readonly("path", &Session::path)
       .def("reap", &Session::reap)
+      .def_property_readonly("monitor_process", &Session::monitor_process)
+      .def("monitor_death", &Session::monitor_death)
+      .def("restart_monitor", [](Session& session) { session.restart_monitor(look_for_signals); })
+      .def("go_direct", [](Session& session) { session.go_direct(look_for_signals); })
       .def("stats", &session_stats)
       .def("take_complaint", [](Session& session) { return session.engine().take_complaint(); })
       .def(

@@ -56,9 +56,9 @@ class Savers {
   Engine& engine(c10::Device device) {
     std::unique_ptr<Engine>& engine = engines_[device.is_cpu() ? -1 : device.index()];
     if (!engine)
-      engine =
-          std::make_unique<Engine>(EngineOptions{kBlockBytes, kThreads, kMaxInFlight},
-                                   make_copier(device), make_slot_memory(device, kStagingBytes));
+      engine = std::make_unique<Engine>(
+          EngineOptions{kBlockBytes, kMaxInFlight}, make_copier(device),
+          make_slot_memory(device, kStagingBytes), std::make_unique<LocalPersister>(kThreads));
     return *engine;
   }
 

@@ -123,8 +123,12 @@ bool Ticket::may_be_dropped() const {
 
 Session::Session(const std::string& path, SessionOptions options,
                  const std::function<void()>& interrupted)
-    : path_(path), options_(options), owner_(::getpid()) {
-  // Everything that can be refused is refused before the directory is touched.
+    : path_(path), options_(std::move(options)), owner_(::getpid()) {
+  open(interrupted);
+}
+
+// Everything that can be refused is refused before the directory is touched.
+void Session::open(const std::function<void()>& interrupted) {
   std::unique_ptr<Copier> copier;
   if (options_.manual_copier) {
     auto manual = std::make_unique<ManualCopier>();
@@ -133,12 +137,77 @@ Session::Session(const std::string& path, SessionOptions options,
   } else {
     copier = make_copier(options_.device);
   }
-  auto engine = std::make_unique<Engine>(
-      EngineOptions{options_.block_bytes, options_.writer_threads, options_.max_in_flight},
-      std::move(copier), make_slot_memory(options_.device, options_.staging_bytes));
-  run_ = open_run_directory(path, {options_.keep_last, options_.max_in_flight},
-                            std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
-  engine_ = std::move(engine);
+  const EngineOptions engine{options_.block_bytes, options_.max_in_flight};
+  if (!options_.monitor) {
+    auto made = std::make_unique<Engine>(engine, std::move(copier),
+                                         make_slot_memory(options_.device, options_.staging_bytes),
+                                         std::make_unique<LocalPersister>(options_.writer_threads));
+    run_ = open_run_directory(path_, {options_.keep_last, options_.max_in_flight},
+                              std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
+    engine_ = std::move(made);
+    return;
+  }
+  auto slots = std::make_unique<SharedSlots>(options_.staging_bytes);
+  auto client =
+      std::make_unique<MonitorClient>(*options_.monitor,
+                                      messages::Hello{.path = path_,
+                                                      .block_bytes = options_.block_bytes,
+                                                      .writer_threads = options_.writer_threads,
+                                                      .keep_last = options_.keep_last,
+                                                      .max_spares = options_.max_in_flight,
+                                                      .lock_timeout_s = options_.lock_timeout_s},
+                                      *slots, interrupted);
+  MonitorClient* const monitor = client.get();
+  engine_ = std::make_unique<Engine>(engine, std::move(copier),
+                                     make_slot_memory(options_.device, std::move(slots)),
+                                     std::move(client));
+  monitor_ = monitor;
+}
+
+std::optional<pid_t> Session::monitor_process() const {
+  if (monitor_ == nullptr) return std::nullopt;
+  return monitor_->process();
+}
+
+std::optional<std::string> Session::monitor_death() const {
+  if (monitor_ == nullptr) return std::nullopt;
+  const std::exception_ptr death = monitor_->death();
+  if (!death) return std::nullopt;
+  return messages::failure_of(death).text;
+}
+
+void Session::restart_monitor(const std::function<void()>& interrupted) {
+  Engine& engine = this->engine();
+  const pybind11::gil_scoped_release release;
+  engine.abandon_unsealed();
+  engine.wait_idle(Clock::time_point::max());
+  counts_before_ = counts();
+  monitor_ = nullptr;
+  engine_.reset();
+  open(interrupted);
+}
+
+void Session::go_direct(const std::function<void()>& interrupted) {
+  options_.monitor.reset();
+  restart_monitor(interrupted);
+}
+
+uint64_t Session::last_sealed_step() {
+  const uint64_t committed = counts().last_committed_step;
+  return monitor_ != nullptr ? std::max(committed, monitor_->last_sealed_step()) : committed;
+}
+
+CommitCounts Session::counts() {
+  CommitCounts counts = engine().counts();
+  if (counts.committed == 0) {
+    counts.last_durable_seconds = counts_before_.last_durable_seconds;
+    counts.last_committed_step = counts_before_.last_committed_step;
+  }
+  counts.committed += counts_before_.committed;
+  counts.failed += counts_before_.failed;
+  counts.bytes += counts_before_.bytes;
+  counts.durable_seconds += counts_before_.durable_seconds;
+  return counts;
 }
 
 Session::~Session() {
@@ -171,15 +240,17 @@ std::shared_ptr<Ticket> Session::begin(const std::string& name, Identity identit
   Engine& engine = this->engine();
   wait_interruptibly([&](Clock::time_point until) { return engine.wait_room(until); });
   reap();
-  std::shared_ptr<Checkpoint> checkpoint =
-      engine.begin(identity, name, layout, make_directory_target(run_, name), during_update);
+  std::shared_ptr<Checkpoint> checkpoint = engine.begin(
+      identity, name, layout, run_ ? make_directory_target(run_, name) : nullptr, during_update);
   tickets_.push_back(std::make_shared<Ticket>(*this, std::move(checkpoint), std::move(layout)));
   return tickets_.back();
 }
 
 std::vector<std::string> Session::set_aside_after(uint64_t step) {
   engine();
-  return run_->set_aside_after(step);
+  if (run_) return run_->set_aside_after(step);
+  const pybind11::gil_scoped_release release;
+  return monitor_->set_aside_after(step);
 }
 
 void Session::reap() {
@@ -191,18 +262,19 @@ std::optional<std::string> Session::close() {
   Engine& engine = this->engine();
   engine.abandon_unsealed();
   wait_interruptibly([&](Clock::time_point until) { return engine.wait_idle(until); });
+  std::optional<std::string> complaint;
   {
     const pybind11::gil_scoped_release release;
+    if (monitor_ != nullptr) complaint = std::exchange(monitor_, nullptr)->close();
     engine_.reset();
   }
   tickets_.clear();
-  const std::shared_ptr<RunDirectory> run = std::move(run_);
-  try {
-    run->remove_spares();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return std::nullopt;
+  if (const std::shared_ptr<RunDirectory> run = std::move(run_)) try {
+      run->remove_spares();
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  return complaint;
 }
 
 }  // namespace pccheck::python

@@ -18,6 +18,7 @@
 
 #include "cpp/engine.h"
 #include "cpp/manual_copier.h"
+#include "cpp/monitor_client.h"
 #include "cpp/run_directory.h"
 #include "python/tensor_view.h"
 
@@ -33,6 +34,7 @@ struct SessionOptions {
   c10::Device device;
   bool manual_copier;
   bool verify_staged;
+  std::optional<MonitorOptions> monitor;  // none: the run is written from this process
 };
 
 class Session;
@@ -101,6 +103,18 @@ class Session {
   bool is_open() const { return engine_ != nullptr; }
 
   Engine& engine();  // throws when closed, or in a forked child
+
+  // The monitor's process, none in direct mode.
+  std::optional<pid_t> monitor_process() const;
+  // What the monitor has died of: nothing can be begun before one of the two is called.
+  std::optional<std::string> monitor_death() const;
+  void restart_monitor(const std::function<void()>& interrupted);
+  void go_direct(const std::function<void()>& interrupted);
+
+  // The newest step whose checkpoint needs this process no more.
+  uint64_t last_sealed_step();
+  CommitCounts counts();  // of monitors that have died, too
+
   const SessionOptions& options() const { return options_; }
   const std::string& path() const { return path_; }
   ManualCopier& manual_copier();
@@ -109,12 +123,16 @@ class Session {
   void reap();
 
  private:
+  void open(const std::function<void()>& interrupted);
+
   const std::string path_;
-  const SessionOptions options_;
+  SessionOptions options_;
   const pid_t owner_;
-  std::shared_ptr<RunDirectory> run_;
+  std::shared_ptr<RunDirectory> run_;      // null where a monitor has it
+  MonitorClient* monitor_ = nullptr;       // inside engine_, in monitor mode
   ManualCopier* manual_copier_ = nullptr;  // inside engine_, in tests
   std::unique_ptr<Engine> engine_;
+  CommitCounts counts_before_;  // of engines before this one
   std::deque<std::shared_ptr<Ticket>> tickets_;
 };
 

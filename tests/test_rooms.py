@@ -30,7 +30,10 @@ FOREIGN = {
 }
 
 # The build chooses files, not lines. What a compiler can say only with #if stands here.
-CONDITIONAL = {"cpp/crc32c.cpp": re.compile(r"__x86_64__|__aarch64__|__ARM_FEATURE_CRC32")}
+CONDITIONAL = {
+    "cpp/crc32c.cpp": re.compile(r"__x86_64__|__aarch64__|__ARM_FEATURE_CRC32"),
+    "cpp/digest.cpp": re.compile(r"__x86_64__"),
+}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 CONDITION = re.compile(r"^\s*#\s*(?:if|ifdef|ifndef|elif)\b(.*)$", re.MULTILINE)

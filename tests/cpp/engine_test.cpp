@@ -49,8 +49,9 @@ struct World {
   explicit World(size_t slots, unsigned writers = 2, size_t max_in_flight = 2,
                  RunDirectory::Options options = {.keep_last = 2, .max_spares = 2})
       : disk(options),
-        engine(std::in_place, EngineOptions{kBlockBytes, writers, max_in_flight},
-               std::make_unique<HostCopier>(), allocate_host_slots(slots * kBlockBytes)) {}
+        engine(std::in_place, EngineOptions{kBlockBytes, max_in_flight},
+               std::make_unique<HostCopier>(), allocate_host_slots(slots * kBlockBytes),
+               std::make_unique<LocalPersister>(writers)) {}
 
   Ticket begin(uint64_t step, const State& state) {
     EXPECT_TRUE(engine->wait_room(in_a_minute()));
@@ -192,20 +193,20 @@ TEST(Engine, TheNextBeginsOnlyWhenTheOneBeforeIsSealedOrHasFailed) {
 }
 
 TEST(Engine, WhatItCannotDoIsRefusedAndNamed) {
-  const auto refusal = [](EngineOptions options) -> std::string {
+  const auto refusal = [](EngineOptions options, unsigned writers) -> std::string {
     try {
-      const Engine engine(options, std::make_unique<HostCopier>(),
-                          allocate_host_slots(kBlockBytes));
+      const Engine engine(options, std::make_unique<HostCopier>(), allocate_host_slots(kBlockBytes),
+                          std::make_unique<LocalPersister>(writers));
     } catch (const std::invalid_argument& error) {
       return error.what();
     }
     return "";
   };
-  EXPECT_NE(refusal({kBlockBytes, 0, 1}).find("writer threads"), std::string::npos);
-  EXPECT_NE(refusal({kBlockBytes, 257, 1}).find("257"), std::string::npos);
-  EXPECT_NE(refusal({kBlockBytes, 1, 0}).find("in flight"), std::string::npos);
-  EXPECT_NE(refusal({2 * kBlockBytes, 1, 1}).find("staging memory"), std::string::npos);
-  EXPECT_EQ(refusal({kBlockBytes, 1, 1}), "");
+  EXPECT_NE(refusal({kBlockBytes, 1}, 0).find("writer threads"), std::string::npos);
+  EXPECT_NE(refusal({kBlockBytes, 1}, 257).find("257"), std::string::npos);
+  EXPECT_NE(refusal({kBlockBytes, 0}, 1).find("in flight"), std::string::npos);
+  EXPECT_NE(refusal({2 * kBlockBytes, 1}, 1).find("staging memory"), std::string::npos);
+  EXPECT_EQ(refusal({kBlockBytes, 1}, 1), "");
 }
 
 TEST(Engine, APoolTooSmallForTheStateIsRefusedWithWhatItNeeds) {
@@ -343,8 +344,9 @@ TEST(Engine, ADevicesCopiesOpenTheGatesWithoutAnybodyRinging) {
   auto owned = std::make_unique<ManualCopier>();
   ManualCopier& copier = *owned;
   RunOnDisk disk;
-  std::optional<Engine> engine(std::in_place, EngineOptions{kBlockBytes, 1, 1}, std::move(owned),
-                               allocate_host_slots(8 * kBlockBytes));
+  std::optional<Engine> engine(std::in_place, EngineOptions{kBlockBytes, 1}, std::move(owned),
+                               allocate_host_slots(8 * kBlockBytes),
+                               std::make_unique<LocalPersister>(1));
   const Ticket ticket =
       engine->begin(identity_of(1), name_of_step(1), state.layout, disk.target(1));
   hand_over_all(*ticket, state);

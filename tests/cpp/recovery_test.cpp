@@ -48,8 +48,9 @@ class Recovery : public testing::Test {
  protected:
   Ticket write(uint64_t step, const State& written) {
     Engine engine(
-        {written.layout->block_bytes(), 2, 1}, std::make_unique<HostCopier>(),
-        allocate_host_slots((written.layout->open_blocks() + 2) * written.layout->block_bytes()));
+        {written.layout->block_bytes(), 1}, std::make_unique<HostCopier>(),
+        allocate_host_slots((written.layout->open_blocks() + 2) * written.layout->block_bytes()),
+        std::make_unique<LocalPersister>(2));
     Ticket ticket =
         engine.begin(identity_of(step), name_of_step(step), written.layout, run.target(step));
     hand_over_all(*ticket, written);
