@@ -70,25 +70,49 @@ void Checkpoint::seal(std::vector<std::byte> manifest, std::optional<Addition> a
         if (!handed_over_[layer])
           throw std::logic_error("checkpoint " + name_ + " cannot be sealed: layer " +
                                  std::to_string(layer) + " was never handed over");
-    if (addition) {
-      if (addition->layout->layers().size() != 1 ||
-          addition->layout->block_bytes() != layout_->block_bytes())
-        throw std::invalid_argument("what is added to checkpoint " + name_ +
-                                    " must be one layer in blocks of the same size");
-      require_fit("the addition", addition->layout->layers()[0], addition->hand_over);
-    }
+    if (addition) require_fit(*addition);
     sealed_ = true;
     updating_ = false;
     if (error_) return;  // nobody waits for it; the engine may have ended with the checkpoint
     manifest_ = std::move(manifest);
     if (addition) {
-      addition_ = std::move(addition->layout);
-      add_files(*addition_);
+      add_layout(std::move(addition->layout));
       handed_over_.push_back(std::move(addition->hand_over));
     }
   }
   bells_.stager();
   bells_.committer();
+}
+
+size_t Checkpoint::add(Addition addition) {
+  size_t layer;
+  {
+    const std::lock_guard lock(mutex_);
+    if (sealed_)
+      throw std::invalid_argument("checkpoint " + name_ + " is sealed and takes nothing more");
+    require_fit(addition);
+    layer = handed_over_.size();
+    handed_over_.emplace_back();
+    add_layout(std::move(addition.layout));
+    if (error_) return layer;
+    handed_over_[layer] = std::move(addition.hand_over);
+  }
+  bells_.stager();
+  return layer;
+}
+
+void Checkpoint::require_fit(const Addition& addition) const {
+  if (addition.layout->layers().size() != 1 ||
+      addition.layout->block_bytes() != layout_->block_bytes())
+    throw std::invalid_argument("what is added to checkpoint " + name_ +
+                                " must be one layer in blocks of the same size");
+  require_fit("the addition", addition.layout->layers()[0], addition.hand_over);
+}
+
+void Checkpoint::add_layout(std::shared_ptr<const Layout> layout) {
+  const auto first_file = static_cast<uint32_t>(files_.size());
+  add_files(*layout);
+  added_.push_back({std::move(layout), first_file});
 }
 
 void Checkpoint::update_began() {
@@ -203,7 +227,9 @@ double Checkpoint::durable_seconds() const {
 
 uint64_t Checkpoint::payload_bytes() const {
   const std::lock_guard lock(mutex_);
-  return layout_->total_bytes() + (addition_ ? addition_->total_bytes() : 0);
+  uint64_t bytes = layout_->total_bytes();
+  for (const Added& added : added_) bytes += added.layout->total_bytes();
+  return bytes;
 }
 
 std::optional<Checkpoint::Work> Checkpoint::next_layer() {
@@ -214,8 +240,8 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
   HandOver* hand_over = &*handed_over_[layer];
   const size_t own = layout_->layers().size();
   if (layer < own) return Work{&layout_->layers()[layer], layout_.get(), 0, layer == 0, hand_over};
-  return Work{&addition_->layers()[0], addition_.get(),
-              static_cast<uint32_t>(layout_->files().size()), true, hand_over};
+  const Added& added = added_[layer - own];
+  return Work{&added.layout->layers()[0], added.layout.get(), added.first_file, true, hand_over};
 }
 
 void Checkpoint::block_full() {
@@ -387,10 +413,8 @@ void Checkpoint::announce_end() {
 
 void Checkpoint::extend(std::shared_ptr<const Layout> layout) {
   const std::lock_guard lock(mutex_);
-  if (addition_ || sealed_)
-    throw std::logic_error("checkpoint " + name_ + " takes no more files now");
-  addition_ = std::move(layout);
-  add_files(*addition_);
+  if (sealed_) throw std::logic_error("checkpoint " + name_ + " takes no more files now");
+  add_layout(std::move(layout));
 }
 
 bool Checkpoint::has_block(uint32_t file, uint64_t block, uint64_t bytes) const {
@@ -401,9 +425,11 @@ bool Checkpoint::has_block(uint32_t file, uint64_t block, uint64_t bytes) const 
          state.layout->block_size(state.index_in_layout, block) == bytes;
 }
 
-std::shared_ptr<const Layout> Checkpoint::addition() const {
+std::vector<std::shared_ptr<const Layout>> Checkpoint::additions() const {
   const std::lock_guard lock(mutex_);
-  return addition_;
+  std::vector<std::shared_ptr<const Layout>> layouts;
+  for (const Added& added : added_) layouts.push_back(added.layout);
+  return layouts;
 }
 
 std::span<const std::byte> Checkpoint::manifest() const {

@@ -107,11 +107,16 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   // plan; does nothing on a failed checkpoint. Never waits.
   void hand_over(size_t layer, HandOver hand_over);
 
-  // What is known only at the end, as one layer more.
+  // What was not known at the beginning: files of their own, as one layer more.
   struct Addition {
     std::shared_ptr<const Layout> layout;  // of one layer
     HandOver hand_over;
   };
+
+  // Throws std::invalid_argument when the addition does not fit its plan or this checkpoint, or
+  // comes after the seal; does nothing on a failed checkpoint. Never waits. Returns the layer's
+  // number.
+  size_t add(Addition addition);
 
   // Nothing more will come. Throws std::logic_error when a layer was never handed over,
   // std::invalid_argument when the addition does not fit its plan or this checkpoint.
@@ -193,7 +198,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   bool has_block(uint32_t file, uint64_t block, uint64_t bytes) const;
 
   // Where another process persists: what it needs of a sealed checkpoint...
-  std::shared_ptr<const Layout> addition() const;
+  std::vector<std::shared_ptr<const Layout>> additions() const;
   std::span<const std::byte> manifest() const;
   // ... and what came of it. A publication that was begun may fail by this alone.
   void published_elsewhere();
@@ -209,7 +214,14 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
     std::unique_ptr<File> file = nullptr;  // guarded by open_mutex_
   };
 
+  struct Added {
+    std::shared_ptr<const Layout> layout;
+    uint32_t first_file;
+  };
+
   void add_files(const Layout& layout);
+  void add_layout(std::shared_ptr<const Layout> layout);
+  void require_fit(const Addition& addition) const;
   size_t layer_count() const;
   File& file(uint32_t index);
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
@@ -228,8 +240,8 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   mutable std::mutex mutex_;  // guards everything below
   mutable std::condition_variable progress_;
   std::vector<std::unique_ptr<FileState>> files_;
-  std::deque<std::optional<HandOver>> handed_over_;  // seal() adds; the others stay in place
-  std::shared_ptr<const Layout> addition_;
+  std::deque<std::optional<HandOver>> handed_over_;  // add() adds; the others stay in place
+  std::vector<Added> added_;
   std::vector<std::byte> manifest_;
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;

@@ -80,10 +80,13 @@ class In {
   std::span<const std::byte> left_;
 };
 
-void both(auto& archive, auto& text)
-  requires std::is_same_v<std::remove_cvref_t<decltype(text)>, std::string>
-{
-  archive(text);
+template <typename T>
+concept Plain = std::is_same_v<std::remove_const_t<T>, std::string> ||
+                std::is_arithmetic_v<std::remove_const_t<T>>;
+
+template <Plain T>
+void both(auto& archive, T& value) {
+  archive(value);
 }
 
 template <typename M, typename T>
@@ -100,7 +103,7 @@ void both(auto& archive, M& m) {
 template <Is<Hello> M>
 void both(auto& archive, M& m) {
   archive(m.version), archive(m.path), archive(m.block_bytes), archive(m.writer_threads);
-  archive(m.keep_last), archive(m.max_spares), archive(m.lock_timeout_s);
+  archive(m.keep_last), archive(m.max_spares), archive(m.keep_every), archive(m.lock_timeout_s);
   archive(m.drain_timeout_s);
 }
 template <Is<Begin> M>
@@ -128,6 +131,10 @@ void both(auto& archive, M& m) {
 template <Is<SetAside> M>
 void both(auto& archive, M& m) {
   archive(m.step);
+}
+template <Is<Keep> M>
+void both(auto& archive, M& m) {
+  archive.each(m.steps);
 }
 template <Is<Refused> M>
 void both(auto& archive, M& m) {

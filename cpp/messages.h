@@ -48,6 +48,7 @@ struct Hello {
   uint32_t writer_threads = 0;
   uint64_t keep_last = 0;
   uint64_t max_spares = 0;
+  uint64_t keep_every = 0;
   double lock_timeout_s = 0;
   double drain_timeout_s = 0;
   bool operator==(const Hello&) const = default;
@@ -89,6 +90,10 @@ struct SetAside {  // answered by Names
   uint64_t step = 0;
 };
 
+struct Keep {  // as RunDirectory::keep
+  std::vector<uint64_t> steps;
+};
+
 struct Close {};  // answered by Closed, once everything sealed has been committed
 
 // -- from the monitor -----------------------------------------------------------------------------
@@ -128,7 +133,8 @@ struct Closed {
   std::string complaint;  // empty: none
 };
 
-using FromTrainer = std::variant<Hello, Begin, Addition, Staged, Seal, Abandon, SetAside, Close>;
+using FromTrainer =
+    std::variant<Hello, Begin, Addition, Staged, Seal, Abandon, SetAside, Keep, Close>;
 using FromMonitor = std::variant<Ready, Refused, Freed, Failing, Ended, Names, Complaint, Closed>;
 
 std::vector<std::byte> encode(const FromTrainer& message);

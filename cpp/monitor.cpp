@@ -96,7 +96,7 @@ void Monitor::begin() {
   require(hello_.block_bytes != 0, "blocks without a size");
   slots_.emplace(std::move(first->descriptors[0]), hello_.block_bytes, wake_);
   persister_.emplace(hello_.writer_threads);
-  run_ = open_run_directory(hello_.path, {hello_.keep_last, hello_.max_spares},
+  run_ = open_run_directory(hello_.path, {hello_.keep_last, hello_.max_spares, hello_.keep_every},
                             std::chrono::duration<double>(hello_.lock_timeout_s), [&] {
                               if (!is_readable(trainer_.get())) return;
                               trainer_gone_ = true;
@@ -195,6 +195,8 @@ void Monitor::take(messages::FromTrainer message) {
       names.failure = messages::failure_of(std::current_exception());
     }
     say(names);
+  } else if (const auto* keep = std::get_if<messages::Keep>(&message)) {
+    run_->keep({keep->steps.begin(), keep->steps.end()});
   } else if (std::holds_alternative<messages::Close>(message)) {
     closing_ = true;
   } else {

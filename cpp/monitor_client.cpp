@@ -91,6 +91,12 @@ std::vector<std::string> MonitorClient::set_aside_after(uint64_t step) {
   return std::move(answer.names);
 }
 
+void MonitorClient::keep(const std::set<uint64_t>& steps) try {
+  send(messages::Keep{{steps.begin(), steps.end()}});
+} catch (const ChannelClosed&) {
+  // It has died: the receiver tells.
+}
+
 std::optional<std::string> MonitorClient::close() {
   if (death()) return std::nullopt;  // was told when it died
   messages::Closed answer = ask<messages::Closed>(messages::Close{});
@@ -212,12 +218,11 @@ bool MonitorClient::announce(const InFlight& one) {
     if (InFlight* found = find(one.ticket)) found->begun = true;
     return true;
   }
-  if (one.extended) return false;
-  const std::shared_ptr<const Layout> addition = checkpoint.addition();
-  if (!addition) return false;
-  send(messages::Addition{one.ticket, files_of(*addition)});
+  const std::vector<std::shared_ptr<const Layout>> additions = checkpoint.additions();
+  if (one.over || one.additions == additions.size()) return false;
+  send(messages::Addition{one.ticket, files_of(*additions[one.additions])});
   const std::lock_guard lock(mutex_);
-  if (InFlight* found = find(one.ticket)) found->extended = true;
+  if (InFlight* found = find(one.ticket)) ++found->additions;
   return true;
 }
 

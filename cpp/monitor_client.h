@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <map>
+#include <set>
 #include <thread>
 
 #include "cpp/messages.h"
@@ -46,6 +47,9 @@ class MonitorClient final : public Persister {
   // As RunDirectory::set_aside_after.
   std::vector<std::string> set_aside_after(uint64_t step);
 
+  // As RunDirectory::keep, before anything that is sealed later is committed.
+  void keep(const std::set<uint64_t>& steps);
+
   // With nothing in flight: lets the monitor clear up and end. Returns what it could not clear up.
   std::optional<std::string> close();
 
@@ -65,7 +69,7 @@ class MonitorClient final : public Persister {
     uint64_t ticket;
     std::shared_ptr<Checkpoint> checkpoint;
     bool begun = false;                            // Begin was sent
-    bool extended = false;                         // Addition was sent
+    size_t additions = 0;                          // of which Addition was sent
     bool over = false;                             // Seal or Abandon was sent
     std::optional<bool> committed = std::nullopt;  // Ended has arrived
   };

@@ -125,6 +125,11 @@ void RunDirectory::discard(const std::string& name) {
   if (under_way_.erase(name) > 0) remove_tree(*directory_, name + kPartialSuffix);
 }
 
+void RunDirectory::keep(std::set<uint64_t> steps) {
+  const std::lock_guard lock(mutex_);
+  kept_ = std::move(steps);
+}
+
 void RunDirectory::retire() {
   const std::lock_guard lock(mutex_);
   if (options_.keep_last == 0 || committed_.size() <= options_.keep_last) return;
@@ -132,6 +137,10 @@ void RunDirectory::retire() {
   std::vector<Spare> retired;
   std::exception_ptr odd;
   for (auto step = committed_.begin(); excess > 0; --excess) {
+    if (kept_.contains(*step) || (options_.keep_every != 0 && *step % options_.keep_every == 0)) {
+      ++step;
+      continue;
+    }
     const std::string name = name_of_step(*step);
     try {
       std::unique_ptr<Directory> old = retire_one(name);

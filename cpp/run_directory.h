@@ -34,8 +34,9 @@ std::string name_of_step(uint64_t step);
 class RunDirectory {
  public:
   struct Options {
-    size_t keep_last;   // committed steps kept; 0 keeps all
-    size_t max_spares;  // retired directories kept for recycling
+    size_t keep_last;         // committed steps kept; 0 keeps all
+    size_t max_spares;        // retired directories kept for recycling
+    uint64_t keep_every = 0;  // steps that are multiples of this are never retired; 0: none
   };
 
   // Takes over a locked directory: makes its entries durable (a rename seen after a crash may not
@@ -58,6 +59,9 @@ class RunDirectory {
 
   // Removes what prepare() made; does nothing once it is published.
   void discard(const std::string& name);
+
+  // These steps are not retired, whatever their age, until the next call names others.
+  void keep(std::set<uint64_t> steps);
 
   // Retires steps beyond keep_last, oldest first; those a reader has locked wait for the next call.
   // Throws, when it is done with the others, what kept it from retiring one.
@@ -90,6 +94,7 @@ class RunDirectory {
   // prepare while the committer retires.
   std::mutex mutex_;
   std::set<uint64_t> committed_;
+  std::set<uint64_t> kept_;          // by keep()
   std::set<std::string> under_way_;  // prepared, neither published nor discarded yet
   std::vector<Spare> spares_;
 };

@@ -34,6 +34,9 @@ class Ticket:
     @property
     def save_id(self) -> bytes: ...
     def hand_over(self, layer: int, tensors: Sequence[torch.Tensor]) -> None: ...
+    def add(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> int:
+        """Files of their own for tensors not planned at begin(); the number of their layer."""
+
     def seal(
         self,
         manifest: bytes,
@@ -50,6 +53,8 @@ class Ticket:
 
     def open_all_gates(self) -> None: ...
     def staged(self) -> bool: ...
+    def layer_staged(self, layer: int) -> bool: ...
+    def wait_layer_staged(self, layer: int, timeout_s: float | None = None) -> bool: ...
     def in_flight(self) -> bool: ...
     def committed(self) -> bool: ...
     def error(self) -> tuple[str, int] | None:
@@ -73,6 +78,7 @@ class Session:
         writer_threads: int,
         max_in_flight: int,
         keep_last: int,
+        keep_every: int = 0,
         lock_timeout_s: float,
         device: str = "cpu",
         manual_copier: bool = False,
@@ -94,6 +100,9 @@ class Session:
         """`during_update`: the optimizer needs the processor until `Ticket.update_ended`."""
 
     def set_aside_after(self, step: int) -> list[str]: ...
+    def keep(self, steps: set[int]) -> None:
+        """Steps that are not retired until the next call names others."""
+
     def close(self) -> str | None:
         """Finish what was sealed; returns what could not be cleared up, if anything."""
 

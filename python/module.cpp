@@ -66,13 +66,22 @@ void look_for_signals() {
 
 std::unique_ptr<Session> open_session(const std::string& path, size_t block_bytes,
                                       size_t staging_bytes, unsigned writer_threads,
-                                      size_t max_in_flight, size_t keep_last, double lock_timeout_s,
-                                      const std::string& device, bool manual_copier,
-                                      bool verify_staged, const std::optional<std::string>& monitor,
+                                      size_t max_in_flight, size_t keep_last, uint64_t keep_every,
+                                      double lock_timeout_s, const std::string& device,
+                                      bool manual_copier, bool verify_staged,
+                                      const std::optional<std::string>& monitor,
                                       double drain_timeout_s) {
-  SessionOptions options{block_bytes,   staging_bytes,  writer_threads,      max_in_flight,
-                         keep_last,     lock_timeout_s, c10::Device(device), manual_copier,
-                         verify_staged, std::nullopt};
+  SessionOptions options{.block_bytes = block_bytes,
+                         .staging_bytes = staging_bytes,
+                         .writer_threads = writer_threads,
+                         .max_in_flight = max_in_flight,
+                         .keep_last = keep_last,
+                         .keep_every = keep_every,
+                         .lock_timeout_s = lock_timeout_s,
+                         .device = c10::Device(device),
+                         .manual_copier = manual_copier,
+                         .verify_staged = verify_staged,
+                         .monitor = std::nullopt};
   if (monitor)
     options.monitor = MonitorOptions{*monitor, std::chrono::duration<double>(drain_timeout_s)};
   const py::gil_scoped_release release;
@@ -167,6 +176,7 @@ void bind_save(py::module_& module) {
       .def_property_readonly("save_id",
                              [](const Ticket& ticket) { return id_to(ticket.identity().save); })
       .def("hand_over", &Ticket::hand_over, py::arg("layer"), py::arg("tensors"))
+      .def("add", &Ticket::add, py::arg("layout"), py::arg("tensors"))
       .def(
           "seal",
           [](Ticket& ticket, const py::bytes& manifest, const std::shared_ptr<Layout>& addition,
@@ -179,6 +189,9 @@ void bind_save(py::module_& module) {
       .def("open_gate", &Ticket::open_gate, py::arg("layer"))
       .def("open_all_gates", &Ticket::open_all_gates)
       .def("staged", &Ticket::staged)
+      .def("layer_staged", &Ticket::layer_staged, py::arg("layer"))
+      .def("wait_layer_staged", &Ticket::wait_layer_staged, py::arg("layer"),
+           py::arg("timeout_s") = std::nullopt)
       .def("in_flight", &Ticket::in_flight)
       .def("committed", &Ticket::committed)
       .def("error", &Ticket::error)
@@ -187,9 +200,10 @@ void bind_save(py::module_& module) {
   py::class_<Session>(module, "Session")
       .def(py::init(&open_session), py::arg("path"), py::kw_only(), py::arg("block_bytes"),
            py::arg("staging_bytes"), py::arg("writer_threads"), py::arg("max_in_flight"),
-           py::arg("keep_last"), py::arg("lock_timeout_s"), py::arg("device") = "cpu",
-           py::arg("manual_copier") = false, py::arg("verify_staged") = false,
-           py::arg("monitor") = std::nullopt, py::arg("drain_timeout_s") = 60.0)
+           py::arg("keep_last"), py::arg("keep_every") = 0, py::arg("lock_timeout_s"),
+           py::arg("device") = "cpu", py::arg("manual_copier") = false,
+           py::arg("verify_staged") = false, py::arg("monitor") = std::nullopt,
+           py::arg("drain_timeout_s") = 60.0)
       .def(
           "begin",
           [](Session& session, const std::string& name, uint64_t step, const py::bytes& run_id,
@@ -200,6 +214,7 @@ void bind_save(py::module_& module) {
           py::arg("name"), py::arg("step"), py::arg("run_id"), py::arg("save_id"),
           py::arg("layout"), py::arg("during_update") = false, py::keep_alive<0, 1>())
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
+      .def("keep", &Session::keep, py::arg("steps"))
       .def("close", &Session::close)
       .def_property_readonly("is_open", &Session::is_open)
       .def_property_readonly("path", &Session::path)

@@ -41,6 +41,7 @@ HandOver Ticket::hold(size_t layer, const std::vector<at::Tensor>& tensors, cons
   if (on_device)
     hand_over.ready = mark_ready(session_.engine().copier(), session_.options().device);
   hand_over.watch = held.watch.get();
+  if (layer == held_.size()) held_.emplace_back();
   held_.at(layer) = std::move(held);
   return hand_over;
 }
@@ -60,17 +61,34 @@ void Ticket::hand_over(size_t layer, const std::vector<at::Tensor>& tensors) {
   }
 }
 
+Checkpoint::Addition Ticket::hold_addition(std::shared_ptr<const Layout> addition,
+                                           const std::vector<at::Tensor>& tensors) {
+  const size_t slots = session_.engine().slot_count();
+  const size_t needed = layout_->open_blocks() + addition->open_blocks() + 1;
+  if (slots < needed)
+    throw std::invalid_argument("staging memory holds " + std::to_string(slots) +
+                                " blocks; what is added to checkpoint " + name() +
+                                " needs at least " + std::to_string(needed));
+  HandOver hand_over = hold(held_.size(), tensors, *addition, 0);
+  return {std::move(addition), std::move(hand_over)};
+}
+
+size_t Ticket::add(std::shared_ptr<const Layout> addition, const std::vector<at::Tensor>& tensors) {
+  const size_t layer = held_.size();
+  try {
+    return checkpoint_->add(hold_addition(std::move(addition), tensors));
+  } catch (...) {
+    held_.resize(layer);
+    throw;
+  }
+}
+
 void Ticket::seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
                   const std::vector<at::Tensor>& tensors) {
   session_.engine();
   const auto bytes = std::as_bytes(std::span(manifest));
   std::optional<Checkpoint::Addition> added;
-  if (addition) {
-    held_.emplace_back();
-    addition_ = addition;
-    HandOver hand_over = hold(held_.size() - 1, tensors, *addition, 0);
-    added = Checkpoint::Addition{std::move(addition), std::move(hand_over)};
-  }
+  if (addition) added = hold_addition(std::move(addition), tensors);
   checkpoint_->seal({bytes.begin(), bytes.end()}, std::move(added));
 }
 
@@ -93,6 +111,16 @@ void Ticket::open_all_gates() {
 }
 
 bool Ticket::staged() const { return checkpoint_->wait_all_staged(Clock::now()); }
+
+bool Ticket::layer_staged(size_t layer) const {
+  return checkpoint_->wait_staged(layer, Clock::time_point{});
+}
+
+bool Ticket::wait_layer_staged(size_t layer, std::optional<double> timeout_s) const {
+  session_.engine();
+  return wait_interruptibly(
+      [&](Clock::time_point until) { return checkpoint_->wait_staged(layer, until); }, timeout_s);
+}
 
 std::optional<std::pair<std::string, int>> Ticket::error() const {
   const std::exception_ptr error = checkpoint_->error();
@@ -142,8 +170,10 @@ void Session::open(const std::function<void()>& interrupted) {
     auto made = std::make_unique<Engine>(engine, std::move(copier),
                                          make_slot_memory(options_.device, options_.staging_bytes),
                                          std::make_unique<LocalPersister>(options_.writer_threads));
-    run_ = open_run_directory(path_, {options_.keep_last, options_.max_in_flight},
-                              std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
+    run_ =
+        open_run_directory(path_, {options_.keep_last, options_.max_in_flight, options_.keep_every},
+                           std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
+    run_->keep(kept_);
     engine_ = std::move(made);
     return;
   }
@@ -155,6 +185,7 @@ void Session::open(const std::function<void()>& interrupted) {
                                                       .writer_threads = options_.writer_threads,
                                                       .keep_last = options_.keep_last,
                                                       .max_spares = options_.max_in_flight,
+                                                      .keep_every = options_.keep_every,
                                                       .lock_timeout_s = options_.lock_timeout_s},
                                       *slots, interrupted);
   MonitorClient* const monitor = client.get();
@@ -162,6 +193,7 @@ void Session::open(const std::function<void()>& interrupted) {
                                      make_slot_memory(options_.device, std::move(slots)),
                                      std::move(client));
   monitor_ = monitor;
+  monitor_->keep(kept_);
 }
 
 std::optional<pid_t> Session::monitor_process() const {
@@ -251,6 +283,13 @@ std::vector<std::string> Session::set_aside_after(uint64_t step) {
   if (run_) return run_->set_aside_after(step);
   const pybind11::gil_scoped_release release;
   return monitor_->set_aside_after(step);
+}
+
+void Session::keep(std::set<uint64_t> steps) {
+  engine();
+  kept_ = std::move(steps);
+  if (run_) run_->keep(kept_);
+  if (monitor_ != nullptr) monitor_->keep(kept_);
 }
 
 void Session::reap() {

@@ -13,6 +13,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct SessionOptions {
   unsigned writer_threads;
   size_t max_in_flight;
   size_t keep_last;
+  uint64_t keep_every;
   double lock_timeout_s;
   c10::Device device;
   bool manual_copier;
@@ -49,6 +51,8 @@ class Ticket {
   const Identity& identity() const { return checkpoint_->identity(); }
 
   void hand_over(size_t layer, const std::vector<at::Tensor>& tensors);
+  // Files of their own for tensors that were not planned. Returns the number of their layer.
+  size_t add(std::shared_ptr<const Layout> addition, const std::vector<at::Tensor>& tensors);
   void seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
             const std::vector<at::Tensor>& tensors);
   bool leaves_time_to_update() const { return checkpoint_->leaves_time_to_update(); }
@@ -61,6 +65,9 @@ class Ticket {
   void open_all_gates();
 
   bool staged() const;
+  bool layer_staged(size_t layer) const;
+  // False when the time has passed first.
+  bool wait_layer_staged(size_t layer, std::optional<double> timeout_s) const;
   bool in_flight() const { return checkpoint_->state() == Checkpoint::State::in_flight; }
   bool committed() const { return checkpoint_->state() == Checkpoint::State::committed; }
   // What failed it: message and errno (0 if it was no system call).
@@ -82,8 +89,10 @@ class Ticket {
   Session& session_;
   const std::shared_ptr<Checkpoint> checkpoint_;
   const std::shared_ptr<const Layout> layout_;
-  std::vector<std::optional<Held>> held_;  // by layer; the addition's last
-  std::shared_ptr<const Layout> addition_;
+  Checkpoint::Addition hold_addition(std::shared_ptr<const Layout> addition,
+                                     const std::vector<at::Tensor>& tensors);
+
+  std::vector<std::optional<Held>> held_;  // by layer; additions last
 };
 
 class Session {
@@ -96,6 +105,8 @@ class Session {
   std::shared_ptr<Ticket> begin(const std::string& name, Identity identity,
                                 std::shared_ptr<const Layout> layout, bool during_update);
   std::vector<std::string> set_aside_after(uint64_t step);
+  // As RunDirectory::keep.
+  void keep(std::set<uint64_t> steps);
 
   // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
   // returned, not thrown: nothing was lost by it.
@@ -131,6 +142,7 @@ class Session {
   std::shared_ptr<RunDirectory> run_;      // null where a monitor has it
   MonitorClient* monitor_ = nullptr;       // inside engine_, in monitor mode
   ManualCopier* manual_copier_ = nullptr;  // inside engine_, in tests
+  std::set<uint64_t> kept_;                // what the next monitor has to be told
   std::unique_ptr<Engine> engine_;
   CommitCounts counts_before_;  // of engines before this one
   std::deque<std::shared_ptr<Ticket>> tickets_;

@@ -170,6 +170,23 @@ TEST_F(RunDirectoryOnDisk, CountsWhatEarlierProcessesCommitted) {
   EXPECT_EQ(run.directories(), names({3, 4}));
 }
 
+TEST_F(RunDirectoryOnDisk, EveryNthStepIsKeptBesideTheNewest) {
+  RealRun run({.keep_last = 2, .max_spares = 1, .keep_every = 3});
+  save_steps(run, {1, 2, 3, 4, 5, 6, 7, 8});
+  EXPECT_EQ(run.directories(), names({3, 6, 7, 8}));
+}
+
+TEST_F(RunDirectoryOnDisk, NamedStepsAreKeptUntilOthersAreNamed) {
+  RealRun run({.keep_last = 1, .max_spares = 0});
+  run.run->keep({1, 3, 99});
+  save_steps(run, {1, 2, 3, 4});
+  EXPECT_EQ(run.directories(), names({1, 3, 4}));
+  run.run->keep({3});
+  EXPECT_EQ(run.directories(), names({1, 3, 4})) << "naming alone retires nothing";
+  save_steps(run, {5});
+  EXPECT_EQ(run.directories(), names({3, 5}));
+}
+
 TEST_F(RunDirectoryOnDisk, ADirectoryWithAnythingStrangeInItIsNotRetired) {
   RealRun run({.keep_last = 1, .max_spares = 0});
   save_steps(run, {1});

@@ -361,6 +361,41 @@ TEST(Stager, AnAdditionKnownOnlyAtTheSealIsOneLayerMore) {
   }
 }
 
+TEST(Stager, WhatIsAddedOnTheWayIsStagedInItsTurn) {
+  const auto of_bytes = [](const char* name, uint64_t bytes, Random& random) {
+    return fill(Layout::make({{name, {}, {{"t", "U8", {bytes}, 0}}}},
+                             {.block_bytes = kBlockBytes, .layer_count = 1}),
+                random);
+  };
+  Random random(4);
+  const State state = simple_state({700, 900});
+  const State one = of_bytes("one.safetensors", 9000, random);
+  const State two = of_bytes("two.safetensors", 10, random);
+  const State three = of_bytes("three.safetensors", 20000, random);
+  HostCopier copier;
+  RunOnDisk disk;
+  HandRun hands(4, kBlockBytes, copier, 1);
+  const Ticket ticket = hands.begin(1, state.layout, disk.target(1));
+  EXPECT_EQ(ticket->add({one.layout, one.hand_over(0)}), 2u);
+  hands.run();
+  EXPECT_FALSE(ticket->wait_staged(2, at_once())) << "ahead of the layers that were planned";
+  hand_over_all(*ticket, state);
+  hands.run();
+  EXPECT_TRUE(ticket->wait_staged(2, at_once()));
+  EXPECT_EQ(ticket->add({two.layout, two.hand_over(0)}), 3u);
+  hands.run();
+  EXPECT_TRUE(ticket->wait_staged(3, at_once()));
+  ticket->seal(kManifest, Checkpoint::Addition{three.layout, three.hand_over(0)});
+  hands.run();
+  ASSERT_EQ(ticket->state(), committed) << text_of(ticket->error());
+  EXPECT_THROW(ticket->add({two.layout, two.hand_over(0)}), std::invalid_argument);
+  for (const State* added : {&one, &two, &three})
+    EXPECT_EQ(disk.contents(RunOnDisk::path(1) + "/" + added->layout->files()[0].name),
+              added->file(0));
+  EXPECT_EQ(ticket->payload_bytes(),
+            state.file(0).size() + one.file(0).size() + two.file(0).size() + three.file(0).size());
+}
+
 TEST(Stager, ACheckpointWithoutATensorIsCommittedToo) {
   const State state{Layout::make({}, {.block_bytes = kBlockBytes, .layer_count = 0}), {}};
   HostCopier copier;
