@@ -20,6 +20,8 @@ class Layout:
         """File, name, offset and bytes of a layer's tensors, in the order hand_over() wants."""
 
     @property
+    def layer_count(self) -> int: ...
+    @property
     def total_bytes(self) -> int: ...
     @property
     def open_blocks(self) -> int: ...
@@ -140,6 +142,11 @@ class Reader:
     def save_id(self) -> bytes: ...
     @property
     def files(self) -> list[tuple[str, int]]: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def block_sums(self, file: int) -> list[int]:
+        """The CRC32C of each block of a file."""
+
     def read_ahead(self, file: int, threads: int) -> None:
         """Begin to read a file's first blocks, for a `read` with as many threads to take over."""
 

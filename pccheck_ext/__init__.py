@@ -14,24 +14,31 @@ _build_check.check()
 from pccheck_ext import _C  # noqa: E402  # the check says why it cannot be imported, if so
 from pccheck_ext._exit import drain_at_exit  # noqa: E402
 from pccheck_ext._ops import wait  # noqa: E402
+from pccheck_ext.adapter import PCCheckAdapter  # noqa: E402
 from pccheck_ext.errors import (  # noqa: E402
     CheckpointCorrupt,
     CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
 )
+from pccheck_ext.metadata import CheckpointMetadataManager  # noqa: E402
 from pccheck_ext.optimizer import LayerwiseOptimizer  # noqa: E402
 from pccheck_ext.recovery import ModelRecovery  # noqa: E402
+from pccheck_ext.scheduler import LayerwiseCheckpointScheduler, SaveTask  # noqa: E402
 from pccheck_ext.trainer import LayerwiseCheckpointTrainer  # noqa: E402
 
 __all__ = [
     "CheckpointCorrupt",
     "CheckpointError",
+    "CheckpointMetadataManager",
     "CheckpointMismatch",
     "CheckpointNotFound",
+    "LayerwiseCheckpointScheduler",
     "LayerwiseCheckpointTrainer",
     "LayerwiseOptimizer",
     "ModelRecovery",
+    "PCCheckAdapter",
+    "SaveTask",
     "built_with_cuda",
     "wait",
 ]

@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["PARTIAL", "STALE", "check_id", "run_directory", "step_id", "step_of"]
+__all__ = [
+    "PARTIAL",
+    "STALE",
+    "check_id",
+    "directory_of",
+    "old_step_of",
+    "run_directory",
+    "step_id",
+    "step_of",
+]
 
 PARTIAL = ".partial"
 STALE = ".stale"
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+_OLD_STEP = re.compile(r"step_(\d{1,18})")
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}")
 _STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,17})")
 
 
@@ -21,6 +32,22 @@ def step_id(step: int) -> str:
 def step_of(checkpoint_id: str) -> int | None:
     found = _STEP.fullmatch(checkpoint_id)
     return int(found[1]) if found else None
+
+
+def old_step_of(checkpoint_id: str) -> int | None:
+    """``"step_100"``, as older code names a step, -> 100."""
+    found = _OLD_STEP.fullmatch(checkpoint_id)
+    return int(found[1]) if found else None
+
+
+def directory_of(checkpoint_file: str | os.PathLike[str]) -> str:
+    """The directory that an old checkpoint file's name stands for: its suffix is dropped.
+
+    One that is a directory already keeps its name.
+    """
+    path = os.fspath(checkpoint_file).rstrip("/") or "/"
+    root, suffix = os.path.splitext(path)
+    return root if _SUFFIX.fullmatch(suffix) and not os.path.isdir(path) else path
 
 
 def is_id(name: str) -> bool:

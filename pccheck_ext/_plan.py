@@ -69,13 +69,19 @@ class PlannedTensor:
 
 
 @dataclass
-class SavePlan:
-    """What one checkpoint holds; `layout` is where. Immutable once made."""
+class BarePlan:
+    """Which layers a checkpoint holds, and where."""
 
     layers: list[str]
     layout: _C.Layout
-    tensors: list[PlannedTensor]
     by_layer: list[list[PlannedTensor]]  # in the order in which the layout wants them
+
+
+@dataclass
+class SavePlan(BarePlan):
+    """What one checkpoint holds; `layout` is where. Immutable once made."""
+
+    tensors: list[PlannedTensor]
     static_manifest: dict[str, _codec.Written]  # the same for every checkpoint of this plan
     state_sizes: list[list[_StateOf]]
     groups: list[list[int]]  # ids of the parameters; `names` keeps them from being used again
@@ -85,9 +91,14 @@ class SavePlan:
     names: dict[torch.Tensor, str]  # of every parameter
     has_extra_state: bool  # some module returns other than a tensor from get_extra_state
     index: dict[str, int] = field(default_factory=dict)
+    layer_bytes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.index = {layer: i for i, layer in enumerate(self.layers)}
+        self.layer_bytes = [
+            sum(size for _, _, _, size in self.layout.layer_tensors(i))
+            for i in range(self.layout.layer_count)
+        ]
 
     def has_all_tensors(self) -> bool:
         """Whether everything planned is still there and looks the same."""
@@ -408,7 +419,7 @@ class _Builder:
             tensors=order,
             by_layer=by_layer,
             static_manifest={
-                "layers": _codec.Written([_describe(*layer) for layer in described.items()], 1),
+                "layers": _codec.Written([describe(*layer) for layer in described.items()], 1),
                 "aliases": _codec.Written(dict(self.aliases), 1),
                 "parameters": _codec.Written(
                     [
@@ -439,10 +450,14 @@ class _Builder:
         return sizes
 
 
-def _describe(layer: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def is_of_model(file: str) -> bool:
+    return file == MODEL_FILE or file.startswith("model-")
+
+
+def describe(layer: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": layer,
-        "param_count": sum(math.prod(e["shape"]) for e in entries if e["file"] == MODEL_FILE),
+        "param_count": sum(math.prod(e["shape"]) for e in entries if is_of_model(e["file"])),
         "size_bytes": sum(e["bytes"] for e in entries),
         "tensors": entries,
     }
@@ -485,20 +500,27 @@ class ExtraPlanner:
         return self._layout, self._described
 
 
+def plan_loose(
+    file: str, tensors: Mapping[str, torch.Tensor], block_bytes: int, chunk_count: int = 1
+) -> tuple[_C.Layout, list[dict[str, Any]]]:
+    """Where tensors that no plan knows of go: one file, one layer. TypeError names a misfit."""
+    entries = [
+        (name, _C.dtype_name(tensor, name), list(tensor.shape), 0)
+        for name, tensor in tensors.items()
+    ]
+    layout = _C.Layout([(file, [("format", "pt")], entries)], 1, block_bytes, chunk_count)
+    return layout, [
+        _describe_tensor(placed, tensor.dtype, tensor.shape, tensor.device.type)
+        for placed, tensor in zip(layout.layer_tensors(0), tensors.values(), strict=True)
+    ]
+
+
 def _plan_extra(
     tensors: Mapping[str, torch.Tensor], block_bytes: int
 ) -> tuple[_C.Layout | None, list[dict[str, Any]]]:
     if not tensors:
         return None, []
-    entries = [
-        (name, _C.dtype_name(tensor, name), list(tensor.shape), 0)
-        for name, tensor in tensors.items()
-    ]
-    layout = _C.Layout([(EXTRA_FILE, [("format", "pt")], entries)], 1, block_bytes)
-    return layout, [
-        _describe_tensor(placed, tensor.dtype, tensor.shape, tensor.device.type)
-        for placed, tensor in zip(layout.layer_tensors(0), tensors.values(), strict=True)
-    ]
+    return plan_loose(EXTRA_FILE, tensors, block_bytes)
 
 
 def _is_tensor_entry(key: object, value: object) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pccheck_ext import _C, _codec, _plan
-from pccheck_ext._names import check_id, is_id, step_of
+from pccheck_ext._names import check_id, is_id, old_step_of, step_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
 from pccheck_ext.layers import ROOT_LAYER, unwrap
 
@@ -165,11 +165,35 @@ def checkpoint_ids(directory: str) -> list[str]:
 
 
 def open_checkpoint(directory: str, checkpoint_id: str) -> Stored:
-    check_id(checkpoint_id)
+    checkpoint_id = find_id(directory, check_id(checkpoint_id)) or checkpoint_id
     if not os.path.isdir(os.path.join(directory, checkpoint_id)):
         there = ", ".join(checkpoint_ids(directory)) or "none"
         raise CheckpointNotFound(f"no checkpoint {checkpoint_id!r} in {directory}; found: {there}")
     return Stored(directory, checkpoint_id)
+
+
+def find_id(directory: str, checkpoint_id: str) -> str | None:
+    """The id of the checkpoint there is by that name, ``step_100`` for ``step-00000100`` too."""
+    names = [checkpoint_id]
+    if (step := old_step_of(checkpoint_id)) is not None:
+        names.append(step_id(step))
+    for name in names:
+        if is_id(name) and os.path.isdir(os.path.join(directory, name)):
+            return name
+    return None
+
+
+def verifies(directory: str, checkpoint_id: str) -> bool:
+    """Whether every block is there and matches its checksum. Raises CheckpointNotFound."""
+    try:
+        open_checkpoint(directory, checkpoint_id).reader.verify(READ_THREADS)
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.join(directory, checkpoint_id)):
+            raise
+        return False
+    except (CheckpointCorrupt, OSError):
+        return False
+    return True
 
 
 def newest_first(directory: str) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Saving while training: watches the optimizer's step and feeds the engine.
+"""Saving while training: watches the optimizer's step and feeds scheduler and adapter.
 
 Step s is begun before its first layer is updated, each layer is handed over once it has been, and
 the step is sealed when the loop has done what belongs to it (see `StepSaver.seal`). Everything here
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,16 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pccheck_ext import _C, _codec, _plan, _rng
+from pccheck_ext import _codec, _plan, _rng
+from pccheck_ext._flight import Begun, Ticket
 from pccheck_ext._names import step_id
 from pccheck_ext._plan import PlanChangedError, SavePlan
-from pccheck_ext.errors import CheckpointError
+from pccheck_ext._policy import Best, Interval
+from pccheck_ext.adapter import PCCheckAdapter
 from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
 from pccheck_ext.optimizer import LayerwiseOptimizer
+from pccheck_ext.scheduler import LayerwiseCheckpointScheduler
 
 __all__ = ["StepSaver"]
-
-MANIFEST_VERSION = 1
 
 
 @dataclass
@@ -42,6 +42,7 @@ class _AtStep:
     model: Any  # what modules return from get_extra_state: forward may change it
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
+    metrics: dict[str, float]
 
 
 class _FirstGradient:
@@ -74,85 +75,90 @@ class _FirstGradient:
         self._hooks.clear()
 
 
-@dataclass
-class _Begun:
-    ticket: _C.Ticket
-    plan: SavePlan
-    handed_over: set[int]
-
-
 class StepSaver:
-    """A `StepObserver` that makes a checkpoint of every `every`-th step.
+    """A `StepObserver` that makes a checkpoint of the steps that `interval` makes due.
 
-    `progress` is called for the step count and history to save, `extra` holds the objects with a
-    ``state_dict()``, of which those in `at_step` are read at the step and the others at the seal.
+    `progress` is called for the step count and history to save, `metrics` for the numbers that
+    `best` goes by; `extra` holds the objects with a ``state_dict()``, of which those in `at_step`
+    are read at the step and the others at the seal. `clock` is in seconds.
     """
 
     def __init__(
         self,
-        session: _C.Session,
+        adapter: PCCheckAdapter,
+        scheduler: LayerwiseCheckpointScheduler,
         model: nn.Module,
         optimizer: LayerwiseOptimizer,
         *,
         extra: Mapping[str, Any],
         at_step: frozenset[str],
-        every: int,
-        block_bytes: int,
+        interval: Interval,
+        best: Best | None,
         save_gradients: bool,
-        on_error: str,
         progress: Callable[[], dict[str, Any]],
+        metrics: Callable[[], dict[str, float]],
         config: dict[str, Any],
-        order_is_given: bool,
-        on_monitor_death: str = "restart",
+        order: GradientOrder | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.session = session
+        self.adapter = adapter
+        self.flight = adapter.flight
+        self.flight.ended = self._ended
+        self.scheduler = scheduler
         self.model = model
         self.optimizer = optimizer
         self.extra = dict(extra)
         self.at_step = at_step
-        self.every = every
-        self.block_bytes = block_bytes
+        self.interval = interval
+        self.best = best
         self.save_gradients = save_gradients
-        self.on_error = on_error
         self.progress = progress
+        self.metrics = metrics
         self.config = config
-        self.on_monitor_death = on_monitor_death
-        self.run_id = os.urandom(16)
+        self.clock = clock
         self._owner = os.getpid()
         self.step = 0
         self.skip_next = False
+        self.save_next = False
+        self.last_saved = -1  # the newest step that was handed over whole
+        self.at_boundary: Callable[[], None] | None = None  # between two steps; may raise
         self.stall_s = 0.0
         self.steps_saved = 0
-        self.given_up = 0  # checkpoints dropped on purpose; the engine counts them as failed
-        self._origin = 0  # the step that training goes on from
-        self._first_save = True
+        self._due = False  # whether the step that is being taken is to be saved
+        self._last_begun = clock()
         self._plan: SavePlan | None = None
         self._whole_plan: SavePlan | None = None
-        self._extra_planner = _plan.ExtraPlanner(block_bytes)
-        self._begun: _Begun | None = None  # this step's, between before_step and after_step
-        self._pending: tuple[_Begun, _AtStep] | None = None  # taken, not sealed
-        self._gated: list[_Begun] = []  # tensors may not change yet
-        self._in_flight: list[_C.Ticket] = []
-        self._dropped: list[_C.Ticket] = []  # given up, and perhaps not cleared away yet
+        self._extra_planner = _plan.ExtraPlanner(adapter.block_bytes)
+        self._begun: Begun | None = None  # this step's, between before_step and after_step
+        self._pending: tuple[Begun, _AtStep] | None = None  # taken, not sealed
         self._arrival = _FirstGradient(weakref.ref(self))
+        self._listed: dict[str, list[torch.Tensor]] = {}  # by layer, what the optimizer updates
         self.order_source = "given"
-        self._order: GradientOrder | None = None
-        if not order_is_given:
-            self._order = GradientOrder(group_parameters_by_layer(model))
+        self._order = order
+        adapter.bind(self._save_whole)
 
     # -- StepObserver ------------------------------------------------------------------------------
 
     def before_step(self) -> bool:
-        idle = self._pending is None and not self._in_flight and not self._dropped
-        if idle and not self._is_due():
-            return False  # most steps, where few are saved: nothing to look after
+        if self.at_boundary is not None:
+            self.at_boundary()
+        self._due = self._is_due()
+        if self._pending is None and self.flight.is_idle and not self._due:
+            # Most steps, where few are saved: nothing to look after.
+            if self.flight.monitor_has_died:
+                self.flight.survive_monitor()
+            return False
         start = time.perf_counter()
         try:
-            self._survive_monitor()
+            if self._begun is not None:
+                self._abandon_begun("the optimizer's step did not end")
+            if self.flight.monitor_has_died:
+                self.seal()
+                self.flight.survive_monitor()
             self.raise_failures()
             self.seal()
-            self._open_gates_of_staged()
-            if not self._is_due():
+            self.flight.open_gates_of_staged()
+            if not self._due:
                 return False
             self._settle_order()
             plan = self._plan
@@ -165,28 +171,11 @@ class StepSaver:
             self.stall_s += time.perf_counter() - start
 
     def before_update(self, layer: str | None) -> None:
-        if not self._gated:
+        if not self.flight.gated:
             return  # as for most layers, where staging keeps up
         start = time.perf_counter()
-        for begun in self._gated:
-            index = None if layer is None else begun.plan.index.get(layer)
-            if index is None:
-                begun.ticket.open_all_gates()
-            elif index in begun.handed_over:
-                begun.ticket.open_gate(index)
-        if layer is None:  # one that is still being handed over has gates to come
-            self._gated = [begun for begun in self._gated if begun is self._begun]
+        self.flight.pass_gates(layer, self._begun)
         self.stall_s += time.perf_counter() - start
-
-    def _open_gates_of_staged(self) -> None:
-        """All at once: with nothing to wait for, there is nothing to do layer by layer."""
-        left = []
-        for begun in self._gated:
-            if begun.ticket.staged():
-                begun.ticket.open_all_gates()
-            else:
-                left.append(begun)
-        self._gated = left
 
     def after_layer(self, layer: str) -> None:
         begun = self._begun
@@ -196,7 +185,7 @@ class StepSaver:
         index = begun.plan.index.get(layer)
         try:
             if index is not None:
-                self._hand_over(begun, index)
+                self._add_task(begun, index)
         except PlanChangedError:
             # Planned anew once the step is done.
             self._abandon_begun("the set of tensors changed during the step")
@@ -206,10 +195,9 @@ class StepSaver:
         if not applied:
             self._abandon_begun("the step was voided by the gradient scaler")
             return
-        due = self._is_due()
-        self.skip_next = False
+        self.skip_next = self.save_next = False
         self.step += 1
-        if not due:
+        if not self._due:
             self._begun = None
             return
         start = time.perf_counter()
@@ -224,7 +212,13 @@ class StepSaver:
     # -- steps -------------------------------------------------------------------------------------
 
     def _is_due(self) -> bool:
-        return not self.skip_next and (self.step + 1) % self.every == 0
+        if self.skip_next or self.save_next:
+            return self.save_next
+        interval = self.interval
+        if interval.seconds is None and not interval.continuous:
+            return interval.due(self.step + 1, 0.0, 0)
+        since = self.clock() - self._last_begun
+        return interval.due(self.step + 1, since, self.flight.count())
 
     def _settle_order(self) -> None:
         if self._order is None:
@@ -241,7 +235,7 @@ class StepSaver:
         # A first save's order is known by now even where the step before was not to be saved.
         self._settle_order()
         # Gates of an older checkpoint: a step taken whole has passed them all, one by layers too.
-        self._gated = [older for older in self._gated if older is begun]
+        self.flight.gated = [older for older in self.flight.gated if older is begun]
         if begun is None or not self._complete(begun):
             begun = self._begin_planned_now(step_id(self.step), whole=False)
             if begun is None:
@@ -249,8 +243,9 @@ class StepSaver:
             if not self._complete(begun):
                 raise RuntimeError("the set of tensors changes while it is being read")
         self.steps_saved += 1
+        self.last_saved = self.step
 
-    def _complete(self, begun: _Begun) -> bool:
+    def _complete(self, begun: Begun) -> bool:
         """Hand over what is left and read what belongs to the step. False: the plan is outdated."""
         try:
             self._hand_over_rest(begun)
@@ -262,18 +257,21 @@ class StepSaver:
         except BaseException as error:
             self._give_up(begun, f"{type(error).__name__}: {error}")
             raise
+        finally:
+            self.adapter.hand_over_to(None)
         return True
 
-    def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> _Begun | None:
+    def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> Begun | None:
         plan = self._whole_plan if whole else self._plan
         self._arrival.watch(self.optimizer.layers)
         if plan is None or not plan.still_fits(self.optimizer) or not plan.has_all_tensors():
+            self._listed = self.optimizer.layers
             plan = _plan.make_plan(
                 self.model,
                 self.optimizer,
-                list(self.optimizer.layers),
-                self.optimizer.layers,
-                block_bytes=self.block_bytes,
+                list(self._listed),
+                self._listed,
+                block_bytes=self.adapter.block_bytes,
                 save_gradients=self.save_gradients,
                 chunk_count=chunk_count,
             )
@@ -285,68 +283,35 @@ class StepSaver:
 
     def _begin(
         self, name: str, step: int, plan: SavePlan, *, during_update: bool = False
-    ) -> _Begun | None:
-        """None where the checkpoint cannot be begun and `on_error` lets training go on."""
-        for older in [*self._in_flight, *self._dropped]:
-            if older.name == name:
-                older.wait()  # an attempt at the same name that failed: let it clear its files away
-        try:
-            self._survive_monitor()
-            if self._first_save:
-                self._set_aside(self._origin)
-                self._first_save = False
-            save_id = os.urandom(16)
-            begin = (name, step, self.run_id, save_id, plan.layout, during_update)
-            try:
-                ticket = self.session.begin(*begin)
-            except RuntimeError:
-                if not self._survive_monitor():
-                    raise
-                ticket = self.session.begin(*begin)
-        except (OSError, RuntimeError) as error:
-            self._report(f"checkpoint {name} could not be begun: {error}", error)
-            return None
-        begun = _Begun(ticket, plan, set())
-        self._in_flight.append(ticket)
+    ) -> Begun | None:
+        begun = self.flight.begin(name, step, plan, during_update=during_update)
+        if begun is not None:
+            self._last_begun = self.clock()
+            self.adapter.hand_over_to(begun)
         return begun
 
-    def _set_aside(self, step: int) -> None:
-        aside = self.session.set_aside_after(step)
-        if aside:
-            warnings.warn(
-                f"training goes on from step {step} in a directory that holds later checkpoints; "
-                f"left aside as *.stale: {', '.join(aside)}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _hand_over(self, begun: _Begun, index: int) -> None:
+    def _add_task(self, begun: Begun, index: int) -> None:
         if not begun.plan.still_fits(self.optimizer, index):
             raise PlanChangedError(begun.plan.layers[index])
-        tensors = [planned.tensor() for planned in begun.plan.by_layer[index]]
-        if not begun.handed_over:
-            self._gated.append(begun)
-        begun.ticket.hand_over(index, tensors)
-        begun.handed_over.add(index)
+        layer = begun.plan.layers[index]
+        self.scheduler.add_save_task(layer, begun.ticket.step, self._listed.get(layer, ()))
 
-    def _hand_over_rest(self, begun: _Begun) -> None:
+    def _hand_over_rest(self, begun: Begun) -> None:
+        self.scheduler.force_flush()
         for index in range(len(begun.plan.layers)):
             if index not in begun.handed_over:
-                self._hand_over(begun, index)
+                self._add_task(begun, index)
+        self.scheduler.force_flush()
 
     def _abandon_begun(self, reason: str) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
             self._give_up(begun, reason)
 
-    def _give_up(self, begun: _Begun, reason: str) -> None:
-        """Drop a checkpoint that cannot be finished; whoever calls tells, if it has to be told."""
-        begun.ticket.abandon(reason)
-        begun.ticket.open_all_gates()
-        self.given_up += 1
-        self._dropped.append(begun.ticket)
-        self._in_flight = [ticket for ticket in self._in_flight if ticket is not begun.ticket]
-        self._gated = [other for other in self._gated if other is not begun]
+    def _give_up(self, begun: Begun, reason: str) -> None:
+        self.scheduler.drop()
+        self.adapter.hand_over_to(None)
+        self.flight.give_up(begun, reason)
 
     # -- what belongs to a step --------------------------------------------------------------------
 
@@ -365,7 +330,8 @@ class StepSaver:
         model = _codec.encode(others, "model", tensors)
         progress = _codec.encode(self.progress(), "progress", tensors)
         owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        return _AtStep(rng, data, state, unbound, model, owned, progress)  # type: ignore[arg-type]
+        metrics = self.metrics()
+        return _AtStep(rng, data, state, unbound, model, owned, progress, metrics)  # type: ignore[arg-type]
 
     def seal(self, *, reread: bool = False) -> None:
         """Read what loops change after the optimizer's step, and let the checkpoint commit.
@@ -380,22 +346,31 @@ class StepSaver:
             if reread:
                 at_step = self._read_at_step(begun.plan)
             tensors = dict(at_step.tensors)
-            manifest = self._manifest(begun, at_step, tensors)
+            parts = self._parts(begun, at_step, tensors)
             layout, described = self._extra_planner.plan(tensors)
             owned = [
                 tensor if name in at_step.tensors else tensor.detach().clone()
                 for name, tensor in tensors.items()
             ]
-            text = _codec.dumps(manifest | {"extra_tensors": described})
-            # Of a size that seldom changes: a file that keeps its size is synced without a journal.
-            begun.ticket.seal(text.ljust(-len(text) // 4096 * -4096), layout, owned)
+            ticket = begun.ticket
+            manifest = self.adapter.metadata.compose(
+                checkpoint_id=ticket.name,
+                training_step=ticket.step,
+                run_id=self.flight.run_id,
+                save_id=ticket.save_id,
+                parts={**parts, "extra_tensors": described},
+            )
+            if self.best is not None and ticket.name == step_id(ticket.step):
+                self.best.begun(ticket.step, at_step.metrics)
+                self.flight.session.keep(self.best.kept())
+            ticket.seal(self.adapter.metadata.to_bytes(manifest), layout, owned)
         except BaseException as error:
             # Or it would be in flight for ever, and with it whatever waits for it.
             self._give_up(begun, f"{type(error).__name__}: {error}")
             raise
 
-    def _manifest(
-        self, begun: _Begun, at_step: _AtStep, tensors: dict[str, torch.Tensor]
+    def _parts(
+        self, begun: Begun, at_step: _AtStep, tensors: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
         extra = {
             name: at_step.data[name]
@@ -408,16 +383,9 @@ class StepSaver:
             for group in self.optimizer.param_groups
         ]
         return {
-            "format": "pccheck",
-            "version": MANIFEST_VERSION,
-            "checkpoint_id": begun.ticket.name,
-            "training_step": begun.ticket.step,
-            "run_id": self.run_id.hex(),
-            "save_id": begun.ticket.save_id.hex(),
-            "timestamp": time.time(),
-            "versions": {"torch": str(torch.__version__)},
             "config": self.config,
             "progress": at_step.progress,
+            "metrics": at_step.metrics,
             "optimizer": {
                 "type": type(self.optimizer.base_optimizer).__qualname__,
                 "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
@@ -432,60 +400,31 @@ class StepSaver:
             "layers": begun.plan.static_manifest["layers"],
         }
 
-    def save_whole(self, name: str, chunk_count: int) -> _C.Ticket | None:
-        """Save everything as it is now under `name`, sealed at once."""
+    def _save_whole(self, name: str, chunk_count: int) -> int:
+        """Save everything as it is now under `name`, sealed at once; its size in bytes."""
         self.raise_failures()
         self.seal()
         self._settle_order()
         begun = self._begin_planned_now(name, whole=chunk_count > 1, chunk_count=chunk_count)
         if begun is None:
-            return None
+            return 0
         if not self._complete(begun):
             raise RuntimeError("the set of tensors changes while it is being read")
         self.seal()
-        return begun.ticket
+        return begun.plan.layout.total_bytes
 
     # -- the gate for others, and failures ---------------------------------------------------------
 
-    def _survive_monitor(self) -> bool:
-        """After the monitor's death: tell, and go on as `on_monitor_death` says. False: it lives.
-
-        What it had not committed is lost, which the next checkpoint makes up for; so training is
-        not stopped for it, unless it was asked to be.
-        """
-        death = self.session.monitor_death()
-        if death is None:
-            return False
-        self.seal()
-        for ticket in [*self._in_flight, *self._dropped]:
-            ticket.wait()
-        lost = [ticket.name for ticket in self._in_flight if not ticket.committed()]
-        for begun in self._gated:
-            begun.ticket.open_all_gates()
-        if self.on_monitor_death == "raise":
-            self.raise_failures()
-        self._gated, self._in_flight, self._dropped = [], [], []
-        direct = self.on_monitor_death == "direct"
-        warnings.warn(
-            f"{death}. Lost: {', '.join(lost) or 'none'}. Training goes on, "
-            + ("writing from its own process" if direct else "with a new monitor"),
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        try:
-            (self.session.go_direct if direct else self.session.restart_monitor)()
-        except (OSError, RuntimeError) as error:
-            self._report(f"{death}, and there is no going on: {error}", error)
-        return True
-
     def gate_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """The step pre-hook of every optimizer there is: opens the gates if it owns anything."""
-        own = optimizer is self.optimizer or (
-            optimizer is self.optimizer.base_optimizer and self.optimizer.stepping
-        )
-        if own or os.getpid() != self._owner:
+        if self._is_own(optimizer) or os.getpid() != self._owner:
             return
-        if self._pending is None and not self._gated:
+        if optimizer is self.optimizer.base_optimizer:
+            # The loop steps it by itself: a step as any other, but that it is taken whole.
+            self.before_step()
+            self.before_update(None)
+            return
+        if self._pending is None and not self.flight.gated:
             return
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         owned.update(id(p) for p in self.model.parameters())
@@ -493,57 +432,60 @@ class StepSaver:
             self.seal()
             self.before_update(None)
 
+    def _is_own(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the step is one that `LayerwiseOptimizer` takes, and tells of itself."""
+        return optimizer is self.optimizer or (
+            optimizer is self.optimizer.base_optimizer and self.optimizer.stepping
+        )
+
+    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The step post-hook of every optimizer. True: it was the loop's own step of the base."""
+        if optimizer is not self.optimizer.base_optimizer or self._is_own(optimizer):
+            return False
+        if os.getpid() != self._owner:
+            return False
+        found_inf = getattr(optimizer, "found_inf", None)
+        applied = found_inf is None or not bool(found_inf != 0)
+        if applied:
+            self.optimizer.training_step += 1
+        self.after_step(applied)
+        return applied
+
     def open_gates(self) -> None:
         self.before_update(None)
 
     def restart_from(self, step: int) -> None:
         """Another state was loaded: its step counts, and it may have other tensors."""
-        self.step = self._origin = step
-        self._first_save = True
+        self.step = step
+        self.flight.restart_from(step)
         self._plan = self._whole_plan = None
+        if self.best is not None:
+            self.best.forget_after(step)
+            self.flight.session.keep(self.best.kept())
 
     def raise_failures(self) -> None:
         """Tell of checkpoints that failed since the last call, each once."""
-        failed = []
-        still = []
-        for ticket in self._in_flight:
-            error = ticket.error()
-            if error is not None:
-                failed.append((ticket, *error))
-            elif ticket.in_flight():
-                still.append(ticket)
-        self._in_flight = still
-        self._dropped = [ticket for ticket in self._dropped if ticket.in_flight()]
-        if self.session.is_open:
-            self.session.reap()
-        for ticket, _, _ in failed:
-            self._gated = [begun for begun in self._gated if begun.ticket is not ticket]
-            if self._pending is not None and self._pending[0].ticket is ticket:
+        try:
+            self.flight.raise_failures()
+        finally:
+            if self._pending is not None and self._pending[0].ticket.error() is not None:
                 self._pending = None
-        complaint = self.session.take_complaint() if self.session.is_open else None
-        if complaint is not None:
-            warnings.warn(f"clearing up after checkpoints: {complaint}", RuntimeWarning, 2)
-        if failed:
-            text = "; ".join(f"checkpoint {t.name} failed: {message}" for t, message, _ in failed)
-            errno = next((code for _, _, code in failed if code), 0)
-            cause = OSError(errno, os.strerror(errno)) if errno else None
-            self._report(text, cause)
 
-    def _report(self, text: str, cause: BaseException | None) -> None:
-        text = f"{text} ({self.session.path}; earlier checkpoints are untouched)"
-        if self.on_error == "warn":
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-            return
-        raise CheckpointError(text) from cause
+    def _ended(self, ticket: Ticket) -> None:
+        if self.best is not None and ticket.name == step_id(ticket.step):
+            self.best.ended(ticket.step, ticket.committed())
+            if self.flight.session.is_open:
+                self.flight.session.keep(self.best.kept())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for what is in flight. False when the time has passed first."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        for ticket in [*self._in_flight, *self._dropped]:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            if not ticket.wait(left):
-                return False
-        return True
+        """Seal, and wait for what is in flight. False when the time has passed first."""
+        self.seal()
+        return self.flight.wait(timeout_s)
+
+    def wait_sealed(self) -> None:
+        """Wait for what is in flight, but for the step that was taken last if it is not sealed."""
+        pending = self._pending[0].ticket if self._pending is not None else None
+        self.flight.wait(but=pending)
 
     def gradient_arrived(self) -> None:
         """The next backward pass is under way: the loop has done what belongs to the step.
@@ -558,15 +500,10 @@ class StepSaver:
             finally:
                 self.stall_s += time.perf_counter() - start
 
-    def wait_sealed(self) -> None:
-        pending = self._pending[0].ticket if self._pending is not None else None
-        for ticket in [ticket for ticket in self._in_flight if ticket is not pending]:
-            ticket.wait()
-
     def close(self) -> None:
         """Let go of the model: no gate is needed any more once nothing is in flight."""
         self._abandon_begun("the trainer was shut down")
-        self._gated.clear()
+        self.flight.gated.clear()
         self._arrival.close()
         if self._order is not None:
             self._order.close()

@@ -308,8 +308,8 @@ class LayerwiseOptimizer(Optimizer):
                 with torch.enable_grad():
                     out = closure()
             base._opt_called = True  # asked for by schedulers that were made on the base
-        if self._optimizer_step_post_hooks or any(post_hooks):
-            told.deferred = []  # a post hook may change parameters
+        if self._optimizer_step_post_hooks or any(map(_may_change_parameters, post_hooks)):
+            told.deferred = []
         wanted = told.callback is not None or told.observer is not None
         found_inf = getattr(base, "found_inf", None)
         voided = found_inf is not None and bool(found_inf != 0)
@@ -538,6 +538,10 @@ def _pre_hooks(
                 )
             args, kwargs = tuple(result[0])[1:], result[1]
     return args, kwargs
+
+
+def _may_change_parameters(hooks: Mapping[int, Any]) -> bool:
+    return any(not getattr(hook, "changes_nothing", False) for hook in hooks.values())
 
 
 def _closure(closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:

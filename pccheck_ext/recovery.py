@@ -7,7 +7,6 @@ import os
 from torch import nn
 
 from pccheck_ext import _names, _restore
-from pccheck_ext.errors import CheckpointCorrupt
 
 __all__ = ["ModelRecovery"]
 
@@ -41,17 +40,7 @@ class ModelRecovery:
 
         Raises CheckpointNotFound, and ValueError for what cannot be an id.
         """
-        try:
-            _restore.open_checkpoint(self.directory, checkpoint_id).reader.verify(
-                _restore.READ_THREADS
-            )
-        except FileNotFoundError:
-            if not os.path.isdir(os.path.join(self.directory, checkpoint_id)):
-                raise
-            return False
-        except (CheckpointCorrupt, OSError):
-            return False
-        return True
+        return _restore.verifies(self.directory, checkpoint_id)
 
     def load_checkpoint(
         self, model: nn.Module, checkpoint_id: str, strict: bool = False

@@ -14,21 +14,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from pccheck_ext import _C, _codec, _exit, _names, _restore, _rng
+from pccheck_ext import _C, _codec, _exit, _restore, _rng
+from pccheck_ext._names import step_id
+from pccheck_ext._policy import Best, Interval
 from pccheck_ext._saver import StepSaver
+from pccheck_ext._sigterm import Sigterm
+from pccheck_ext.adapter import PCCheckAdapter
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch
-from pccheck_ext.layers import group_parameters_by_layer
+from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
 from pccheck_ext.optimizer import LayerwiseOptimizer
+from pccheck_ext.recovery import ModelRecovery
+from pccheck_ext.scheduler import LayerwiseCheckpointScheduler
 
 __all__ = ["LayerwiseCheckpointTrainer"]
 
 HISTORY = 10_000
 """How many of the newest losses are kept and saved."""
 
-_MIB = 1 << 20
-_MONITOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pccheck-monitor")
+_AT_ONCE_MB = 1 / (1 << 20)  # a byte: any layer fills the scheduler's buffer
 _DATA_WORDS = ("loader", "data", "sampler")
 
 
@@ -58,31 +67,46 @@ class LayerwiseCheckpointTrainer:
     backward pass over these parameters before it calls ``scheduler.step()``, it says with
     `end_step()` where a step ends: RNG and data positions are read there again.
 
+    The loop may as well go on calling ``optimizer.step()`` itself: the trainer hears of it by the
+    optimizer's hooks, counts the step and saves what is due, layer by layer after the update.
+
     Args:
         model: The module that is trained; inside DistributedDataParallel or torch.compile too.
         optimizer: A torch optimizer, or a `LayerwiseOptimizer`, over the model's parameters. Or
             `optimizer_class` and `optimizer_kwargs`.
+        use_pccheck: False is mock mode: nothing touches the disk, `adapter.recorded` tells what
+            would have been saved.
+        use_monitor: Write from a process of its own, which commits what was sealed even if this
+            one is killed.
         num_threads: Writer threads, 1 to 256.
         max_async: Checkpoints in flight; one more waits in `step()`.
         batch_size_mb, ratio: Their product, in MiB, is the staging memory.
-        block_size_mb: MiB written at once; the staging memory must hold several.
         checkpoint_dir: The run's directory, held by one trainer at a time.
-        checkpoint_every: Steps from one checkpoint to the next.
+        checkpoint_chunk_count: Ranges in which `save_full_checkpoint` writes, in parallel, or
+            "auto".
+        wait_for_chunks: `step()` and `save_full_checkpoint` return when durable.
+        checkpoint_every: Steps from one checkpoint to the next (1), or "continuous": the next one
+            starts at the first step at which none is in flight.
+        checkpoint_every_s: Seconds from one checkpoint to the next, instead or as well.
         keep_last: Checkpoints of steps kept; 0 keeps all. Custom ids are always kept.
+        keep_every: Steps that are multiples of this are kept, too; 0: none.
+        keep_best: ``("loss", "min")``: the best checkpoint by a metric is kept, too. The loss is
+            that given to `step`, others are told by `report_metric`.
+        buffer_size_mb: MiB of updated parameters that are handed to the adapter at a time; None:
+            each layer at once.
         extra: Name -> object with ``state_dict()`` and ``load_state_dict()``.
         on_error: A failed checkpoint raises `CheckpointError` where the loop next calls in
             ("raise"), or warns and training goes on ("warn").
         save_gradients: Save ``.grad`` too, for loops that let gradients survive a step.
+        block_size_mb: MiB written at once; the staging memory must hold several.
+        lock_timeout_s: How long to wait for another process to let go of the directory.
         verify_staged: Also compare checksums of the live tensors, twice a checkpoint, to find
             changes that PyTorch's version counters do not see. CPU time for certainty.
-        checkpoint_chunk_count: Ranges in which `save_full_checkpoint` writes, in parallel.
-        wait_for_chunks: `step()` and `save_full_checkpoint` return when durable.
-        lock_timeout_s: How long to wait for another process to let go of the directory.
-        use_monitor: Write from a process of its own, which commits what was sealed even if this
-            one is killed.
         on_monitor_death: "restart" warns and goes on with a new monitor, "direct" warns and goes
             on without one, "raise" raises `CheckpointError`.
         drain_timeout_s: How long a monitor whose trainer was killed may take to commit the rest.
+        sigterm_deadline_s: Handle SIGTERM: training ends between two steps with its newest state
+            committed, within so many seconds, or it is said what was lost. None: not handled.
 
     Raises:
         ValueError, TypeError: an argument that cannot be; nothing has been written then.
@@ -108,12 +132,16 @@ class LayerwiseCheckpointTrainer:
         *,
         optimizer_class: Callable[..., Optimizer] | None = None,
         optimizer_kwargs: Mapping[str, Any] | None = None,
-        checkpoint_chunk_count: int = 1,
+        checkpoint_chunk_count: int | str = 1,
         wait_for_chunks: bool = False,
         device: str | torch.device | None = None,
         verbose: bool = False,
-        checkpoint_every: int = 1,
+        checkpoint_every: int | str | None = None,
+        checkpoint_every_s: float | None = None,
         keep_last: int = 3,
+        keep_every: int = 0,
+        keep_best: tuple[str, str] | None = None,
+        buffer_size_mb: float | None = None,
         extra: Mapping[str, Any] | None = None,
         on_error: str = "raise",
         save_gradients: bool = False,
@@ -122,31 +150,16 @@ class LayerwiseCheckpointTrainer:
         verify_staged: bool = False,
         on_monitor_death: str = "restart",
         drain_timeout_s: float = 60.0,
+        sigterm_deadline_s: float | None = None,
         _manual_copier: bool = False,
     ) -> None:
-        _refuse_modes(use_pccheck, is_distributed, world_size)
-        if c_lib_path is not None:
-            warnings.warn("c_lib_path is ignored: the engine is built in", stacklevel=2)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
-        _whole_number("num_threads", num_threads, 1, 256)
-        _whole_number("max_async", max_async, 1, 1024)
-        _whole_number("checkpoint_every", checkpoint_every, 1)
-        _whole_number("keep_last", keep_last, 0)
-        _whole_number("checkpoint_chunk_count", checkpoint_chunk_count, 1, 4096)
-        staging = _positive("batch_size_mb", batch_size_mb) * _positive("ratio", ratio)
-        block_bytes = max(1, round(_positive("block_size_mb", block_size_mb) * _MIB / 4096)) * 4096
-        if staging * _MIB < 4 * block_bytes:
-            raise ValueError(
-                f"batch_size_mb x ratio = {staging:g} MiB of staging memory holds fewer than four "
-                f"blocks of block_size_mb = {block_size_mb:g}; enlarge the former or shrink this"
-            )
-        if on_error not in ("raise", "warn"):
-            raise ValueError(f'on_error must be "raise" or "warn", not {on_error!r}')
-        if on_monitor_death not in ("restart", "direct", "raise"):
-            raise ValueError(
-                f'on_monitor_death must be "restart", "direct" or "raise", not {on_monitor_death!r}'
-            )
+        interval = Interval.of(checkpoint_every, checkpoint_every_s)
+        best = Best.of(keep_best)
+        _check_chunk_count(checkpoint_chunk_count)
+        if buffer_size_mb is not None:
+            _positive("buffer_size_mb", buffer_size_mb)
         _check_extra(extra)
         if device is not None:
             model.to(device)
@@ -159,56 +172,87 @@ class LayerwiseCheckpointTrainer:
         self.device = torch.device(device) if device is not None else None
         self.checkpoint_chunk_count = checkpoint_chunk_count
         self.wait_for_chunks = wait_for_chunks
-        self.on_error = on_error
-        self.checkpoint_dir = os.path.abspath(checkpoint_dir)  # wherever the process goes later
         self._losses, self._loss_steps = array("d"), array("q")
+        self._metrics: dict[str, float] = {}
         self._owner = os.getpid()
-        try:
-            self._session = _C.Session(
-                self.checkpoint_dir,
-                block_bytes=block_bytes,
-                staging_bytes=int(staging * _MIB),
-                writer_threads=num_threads,
-                max_in_flight=max_async,
-                keep_last=keep_last,
-                lock_timeout_s=float(lock_timeout_s),
-                device=str(_device_of(model)),
-                manual_copier=_manual_copier,
-                verify_staged=verify_staged,
-                monitor=_MONITOR if use_monitor else None,
-                drain_timeout_s=_positive("drain_timeout_s", drain_timeout_s),
-            )
-        except RuntimeError as error:
-            raise CheckpointError(str(error)) from None
 
-        order_is_given = isinstance(base, LayerwiseOptimizer)
+        self.adapter = PCCheckAdapter(
+            c_lib_path,
+            num_threads=num_threads,
+            max_async=max_async,
+            batch_size_mb=batch_size_mb,
+            ratio=ratio,
+            use_pccheck=use_pccheck,
+            use_monitor=use_monitor,
+            is_distributed=is_distributed,
+            rank=rank,
+            world_size=world_size,
+            verbose=verbose,
+            checkpoint_dir=checkpoint_dir,
+            block_size_mb=block_size_mb,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            on_error=on_error,
+            lock_timeout_s=lock_timeout_s,
+            device=_device_of(model),
+            verify_staged=verify_staged,
+            on_monitor_death=on_monitor_death,
+            drain_timeout_s=drain_timeout_s,
+            _manual_copier=_manual_copier,
+        )
+        self.checkpoint_dir = self.adapter.directory
+        self.scheduler = LayerwiseCheckpointScheduler(
+            self.adapter.save_layers_batch,
+            buffer_size_mb or _AT_ONCE_MB,
+            async_save=False,
+            verbose=verbose,
+        )
+        self.metadata_manager = self.adapter.metadata
+        self.recovery = ModelRecovery(self.checkpoint_dir)
+        self._session = self.adapter.session
+        order = None
         if isinstance(base, LayerwiseOptimizer):
             self.optimizer = base
         else:
             layers = group_parameters_by_layer(model)
             self.optimizer = LayerwiseOptimizer(base, list(reversed(layers)), layers)
+            order = GradientOrder(layers)
+        if best is not None:
+            _find_metrics(best, self.checkpoint_dir)
         self._saver = StepSaver(
-            self._session,
+            self.adapter,
+            self.scheduler,
             model,
             self.optimizer,
             extra=self.extra,
             at_step=frozenset(n for n, v in self.extra.items() if _is_data(n, v)),
-            every=checkpoint_every,
-            block_bytes=block_bytes,
+            interval=interval,
+            best=best,
             save_gradients=save_gradients,
-            on_error=on_error,
             progress=self._progress,
+            metrics=self._metrics_of_step,
             config={
                 "checkpoint_every": checkpoint_every,
-                "block_bytes": block_bytes,
+                "checkpoint_every_s": checkpoint_every_s,
+                "block_bytes": self.adapter.block_bytes,
                 "save_gradients": save_gradients,
             },
-            order_is_given=order_is_given,
-            on_monitor_death=on_monitor_death,
+            order=order,
         )
         self.optimizer._observer = self._saver
-        self._gate = register_optimizer_step_pre_hook(_gate_hook(weakref.ref(self._saver)))
+        self._hooks = [
+            register_optimizer_step_pre_hook(_pre_hook(weakref.ref(self._saver))),
+            register_optimizer_step_post_hook(_post_hook(weakref.ref(self))),
+        ]
         self._gradient_watch = None if save_gradients else _SurvivingGradients(model)
+        self._sigterm: Sigterm | None = None
+        if sigterm_deadline_s is not None:
+            myself = weakref.ref(self)
+            self._sigterm = Sigterm(
+                _positive("sigterm_deadline_s", sigterm_deadline_s), lambda: _lost(myself())
+            )
+            self._saver.at_boundary = lambda: _end_if_told(myself())
+        _exit.forget(self.adapter)  # it is this object that ends it
         _exit.remember(self)
 
     # -- training ----------------------------------------------------------------------------------
@@ -257,11 +301,34 @@ class LayerwiseCheckpointTrainer:
                 self._loss_steps.pop()
         if len(self._losses) > 2 * HISTORY:
             del self._losses[:-HISTORY], self._loss_steps[:-HISTORY]
+        self._step_taken()
+
+    def _step_taken(self) -> None:
         if self._gradient_watch is not None:
             self._gradient_watch.step_taken()
         if self.wait_for_chunks:
             # This step's own is sealed later, when the loop has done what belongs to it.
             self._saver.wait_sealed()
+
+    def _stepped_by_itself(self, optimizer: Optimizer) -> None:
+        if self._saver.optimizer_stepped(optimizer):
+            self._step_taken()
+
+    def report_metric(self, name: str, value: torch.Tensor | float) -> None:
+        """A number of the step to come, for `keep_best` and the manifest: before `step()`.
+
+        The loss that `step` is given is there already, as "loss".
+        """
+        number = value.item() if isinstance(value, torch.Tensor) else value
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"metric {name!r} must be a number, not {number!r}")
+        self._metrics[name] = float(number)
+
+    def _metrics_of_step(self) -> dict[str, float]:
+        metrics = dict(self._metrics)
+        if self._losses and self._loss_steps[-1] == self._saver.step:
+            metrics["loss"] = self._losses[-1]
+        return metrics
 
     def zero_grad(self) -> None:
         """Clear the gradients, as the optimizer's own ``zero_grad`` does."""
@@ -308,18 +375,9 @@ class LayerwiseCheckpointTrainer:
         Returns when the save is on its way (durable if ``wait_for_chunks``). Raises ValueError for
         a name that cannot be or is there already, CheckpointError as `step` does.
         """
-        _names.check_id(checkpoint_id)
-        if _names.step_of(checkpoint_id) not in (None, self.training_step):
-            raise ValueError(
-                f"checkpoint_id {checkpoint_id!r} names another step than {self.training_step}, "
-                "the one to be saved"
-            )
-        if os.path.lexists(os.path.join(self.checkpoint_dir, checkpoint_id)):
-            raise ValueError(
-                f"checkpoint_id {checkpoint_id!r} is there already in {self.checkpoint_dir}; "
-                "choose another name or remove it first"
-            )
-        self._saver.save_whole(checkpoint_id, self.checkpoint_chunk_count)
+        self.adapter.save_entire_checkpoint_in_chunks(
+            checkpoint_id, self.training_step, self.checkpoint_chunk_count
+        )
         if self.wait_for_chunks:
             self.wait()
 
@@ -328,7 +386,6 @@ class LayerwiseCheckpointTrainer:
 
         Raises CheckpointError for what failed, TimeoutError when the time has passed first.
         """
-        self._saver.seal()
         if not self._saver.wait(timeout_s):
             raise TimeoutError(f"checkpoints were still in flight after {timeout_s} s")
         self._saver.raise_failures()
@@ -343,18 +400,17 @@ class LayerwiseCheckpointTrainer:
         try:
             self.wait()
         finally:
-            self._gate.remove()
+            for hook in self._hooks:
+                hook.remove()
+            if self._sigterm is not None:
+                self._sigterm.close()
             if self._gradient_watch is not None:
                 self._gradient_watch.close()
             self._saver.close()
             self.optimizer._observer = None
             self._last_stats = self.stats()
             _exit.forget(self)
-            complaint = self._session.close()
-            if complaint:
-                warnings.warn(
-                    f"clearing up after checkpoints: {complaint}", RuntimeWarning, stacklevel=2
-                )
+            self.adapter.shutdown()
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
@@ -492,7 +548,7 @@ class LayerwiseCheckpointTrainer:
         saved = self._saver.steps_saved
         total = stats.pop("durable_s_total")
         stats["durable_s_mean"] = total / committed if committed else math.nan
-        failed = stats["checkpoints_failed"] - self._saver.given_up
+        failed = stats["checkpoints_failed"] - self.adapter.flight.given_up
         stats["checkpoints_failed"] = max(0, failed)  # those given up may not have ended yet
         stats["stall_s"] = self._saver.stall_s
         stats["stall_per_checkpoint_s"] = self._saver.stall_s / saved if saved else math.nan
@@ -555,32 +611,73 @@ def _newest(history: array[Any], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(history, dtype=dtype)[-HISTORY:].clone()
 
 
-def _gate_hook(saver: weakref.ref[StepSaver]) -> Callable[..., None]:
-    def gate(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _pre_hook(saver: weakref.ref[StepSaver]) -> Callable[..., None]:
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         there = saver()
         if there is not None:
             there.gate_optimizer(optimizer)
 
-    return gate
+    return before
 
 
-def _refuse_modes(use_pccheck: bool, is_distributed: bool, world_size: int) -> None:
-    wanted = None
-    if not use_pccheck:
-        wanted = "use_pccheck=False (mock mode)"
-    elif is_distributed or world_size != 1:
-        wanted = "is_distributed=True or world_size over 1"
-    if wanted is not None:
-        raise NotImplementedError(
-            f"{wanted} is not in this version; it has direct mode on one process"
+def _post_hook(trainer: weakref.ref[LayerwiseCheckpointTrainer]) -> Callable[..., None]:
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        there = trainer()
+        if there is not None:
+            there._stepped_by_itself(optimizer)
+
+    after.changes_nothing = True  # type: ignore[attr-defined]  # layers are final before it has run
+    return after
+
+
+def _find_metrics(best: Best, directory: str) -> None:
+    """What the checkpoints that are there already are worth."""
+    for step, name in _restore.newest_first(directory):
+        try:
+            metrics = _restore.open_checkpoint(directory, name).manifest.get("metrics", {})
+        except (CheckpointCorrupt, OSError):
+            continue
+        if name == step_id(step) and isinstance(metrics, dict):
+            best.found(step, {k: v for k, v in metrics.items() if isinstance(v, float)})
+
+
+def _lost(trainer: LayerwiseCheckpointTrainer | None) -> str:
+    """What is lost if the process ends now."""
+    if trainer is None:
+        return "its trainer is gone"
+    step = trainer.training_step
+    safe = trainer.stats().get("last_sealed_step", 0)
+    where = trainer.checkpoint_dir
+    if safe >= step:
+        return f"step {step} is saved in {where}; nothing is lost but the step under way"
+    if safe == 0:
+        return f"nothing is saved in {where}: steps 1 to {step} are lost"
+    return f"step {safe} is saved in {where}; steps {safe + 1} to {step} are lost"
+
+
+def _end_if_told(trainer: LayerwiseCheckpointTrainer | None) -> None:
+    """Between two steps: after SIGTERM, ends with the newest state saved, or sees to it."""
+    if trainer is None or trainer._sigterm is None or not trainer._sigterm.received:
+        return
+    saver, sigterm = trainer._saver, trainer._sigterm
+    if saver.last_saved != saver.step:
+        saver.save_next = True  # RNG and data have moved on since: the next step is the last
+        return
+    saver.seal()
+    try:
+        if saver.wait(sigterm.left_s):
+            trainer.shutdown()
+    except CheckpointError as error:
+        print(f"pccheck_ext: {error}", file=sys.stderr)
+    sigterm.end()
+
+
+def _check_chunk_count(value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096
+    if not whole and value != "auto":
+        raise ValueError(
+            f'checkpoint_chunk_count must be a whole number, 1 to 4096, or "auto", not {value!r}'
         )
-
-
-def _whole_number(name: str, value: object, least: int, most: int | None = None) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if not fits or (most is not None and value > most):  # type: ignore[operator]
-        bound = f"{least} to {most}" if most is not None else f"{least} or more"
-        raise ValueError(f"{name} must be a whole number, {bound}, not {value!r}")
 
 
 def _positive(name: str, value: float) -> float:

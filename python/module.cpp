@@ -167,6 +167,8 @@ void bind_save(py::module_& module) {
            py::arg("files"), py::arg("layer_count"), py::arg("block_bytes"),
            py::arg("chunk_count") = 1)
       .def("layer_tensors", &layer_tensors, py::arg("layer"))
+      .def_property_readonly("layer_count",
+                             [](const Layout& layout) { return layout.layers().size(); })
       .def_property_readonly("total_bytes", &Layout::total_bytes)
       .def_property_readonly("open_blocks", &Layout::open_blocks);
 
@@ -254,6 +256,15 @@ void bind_load(py::module_& module) {
                                  files.append(py::make_tuple(file.name, file.size_bytes));
                                return files;
                              })
+      .def_property_readonly(
+          "block_bytes",
+          [](const CheckpointReader& reader) { return reader.checksums().block_bytes; })
+      .def(
+          "block_sums",
+          [](const CheckpointReader& reader, size_t file) {
+            return reader.checksums().files.at(file).blocks;
+          },
+          py::arg("file"))
       .def("read_ahead", &CheckpointReader::read_ahead, py::arg("file"), py::arg("threads"),
            py::call_guard<py::gil_scoped_release>())
       .def("read", &read_into, py::arg("reads"), py::arg("threads"))

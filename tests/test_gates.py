@@ -153,7 +153,7 @@ def held(directory: Path) -> Iterator[Callable[..., Held]]:
             each.release_all()
             with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
                 warnings.simplefilter("ignore")
-                patch.setattr(each.trainer._saver, "on_error", "warn")
+                patch.setattr(each.trainer._saver.flight, "on_error", "warn")
                 each.trainer.shutdown()
 
 
@@ -637,12 +637,12 @@ def test_once_all_is_staged_no_layer_has_to_pass_a_gate(
     gated: list[int] = []
 
     def at_gate() -> None:
-        gated.append(sum(begun is not case.saver._begun for begun in case.saver._gated))
+        gated.append(sum(begun is not case.saver._begun for begun in case.saver.flight.gated))
 
     with case.trainer:
         case.step()
         case.trainer.end_step()
-        (begun,) = case.saver._gated
+        (begun,) = case.saver.flight.gated
         if wait:
             eventually(begun.ticket.staged, "everything is staged")
         else:

@@ -1,0 +1,80 @@
+"""SIGTERM with a deadline: a last checkpoint if it fits, and word of what was lost.
+
+A scheduler sends SIGTERM some time before SIGKILL. The handler only notes it: between two steps,
+where the state is whole, training is ended, after one more step where the newest is not saved. A
+thread watches the deadline, for a loop that does not come to its next step in time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+__all__ = ["Sigterm"]
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class Sigterm:
+    """`lost()` says, for a person to read, what would be lost if the process ended now."""
+
+    def __init__(self, deadline_s: float, lost: Callable[[], str]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "sigterm_deadline_s needs a trainer that is made on the main thread: Python "
+                "handles signals there"
+            )
+        self.deadline_s = deadline_s
+        self._lost = lost
+        self._received_at: float | None = None
+        self._over = threading.Event()
+        self._owner = os.getpid()
+        self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
+
+    @property
+    def received(self) -> bool:
+        return self._received_at is not None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        since = 0.0 if self._received_at is None else time.monotonic() - self._received_at
+        return max(0.0, self.deadline_s - since)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked child, a data loader's worker: not its business
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if self._received_at is not None:
+            return
+        self._received_at = time.monotonic()
+        threading.Thread(target=self._watch, name="pccheck-sigterm", daemon=True).start()
+
+    def _watch(self) -> None:
+        if self._over.wait(self.left_s):
+            return
+        print(
+            f"pccheck_ext: SIGTERM's deadline of {self.deadline_s:g} s has passed: {self._lost()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_STATUS)
+
+    def end(self) -> None:
+        """End the process, from the main thread, with what has been saved."""
+        self._over.set()
+        print(f"pccheck_ext: ended by SIGTERM: {self._lost()}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_STATUS)
+
+    def close(self) -> None:
+        """Put back the handler that was there before."""
+        self._over.set()
+        if os.getpid() == self._owner and signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)

@@ -1,0 +1,282 @@
+"""LayerwiseCheckpointScheduler: gathers updated layers into save tasks and bounds what is pending.
+
+Between the optimizer, which hands on layer by layer, and the adapter, for which a few layers at a
+time are less work than each by itself. A trainer's runs on the training thread; one that stands
+alone has a thread of its own for the handler, so that the optimizer need not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pccheck_ext import _exit
+from pccheck_ext.errors import CheckpointError
+
+__all__ = ["LayerwiseCheckpointScheduler", "SaveHandler", "SaveTask"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class SaveTask:
+    """One layer as one step left it; `layer_params` are the tensors to be saved, of any shape."""
+
+    layer_name: str
+    training_step: int
+    layer_params: list[Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.layer_params)
+
+
+SaveHandler = Callable[[list[SaveTask]], Any]
+
+
+@dataclass
+class _Pending:
+    """What the handler's thread and the others share, under `changed`'s lock."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    batches: deque[tuple[list[SaveTask], int]] = field(default_factory=deque)
+    size_bytes: int = 0  # of the batches above, and of the one the handler has now
+    busy: bool = False
+    stop: bool = False
+    error: BaseException | None = None
+    handler_s: float = 0.0
+
+
+class LayerwiseCheckpointScheduler:
+    """Collects layers until they make `buffer_size_mb` MiB, then calls `save_handler` with them.
+
+    `save_handler(tasks: list[SaveTask])` gets the layers in the order in which they were added,
+    those of one training step at a time. With `async_save` it runs on a thread of the scheduler's:
+    the tensors must then stay as they are until it has returned, as the copies that
+    `LayerwiseOptimizer` gives a callback do. Otherwise it runs inside `add_save_task`.
+
+    At most `max_pending_mb` MiB (default: four buffers) wait for the handler; `add_save_task` waits
+    when there is more. A handler that raises is not called again with the same tasks: its error is
+    raised, as the cause of a `CheckpointError`, by the next call of any method here.
+    """
+
+    def __init__(
+        self,
+        save_handler: SaveHandler,
+        buffer_size_mb: float = 10.0,
+        async_save: bool = True,
+        verbose: bool = False,
+        *,
+        max_pending_mb: float | None = None,
+    ) -> None:
+        if not callable(save_handler):
+            raise TypeError(f"save_handler must be callable, got {type(save_handler).__qualname__}")
+        for name, value in (("buffer_size_mb", buffer_size_mb), ("max_pending_mb", max_pending_mb)):
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1 << 40):
+                raise ValueError(f"{name} must be a positive number of MiB, not {value!r}")
+        self.save_handler = save_handler
+        self.buffer_size_mb = float(buffer_size_mb)
+        self.async_save = async_save
+        self.verbose = verbose
+        self._buffer_bytes = int(self.buffer_size_mb * _MIB)
+        self._most_pending = int((max_pending_mb or 4 * self.buffer_size_mb) * _MIB)
+        self._tasks: list[SaveTask] = []
+        self._size_bytes = 0
+        self._owner = os.getpid()
+        self._closed = False
+        self._pending = _Pending()
+        self._thread: threading.Thread | None = None
+        self._counts = dict.fromkeys(("tasks_added", "tasks_handed_over", "batches"), 0)
+        self._bytes_added = 0
+        self._largest_batch_bytes = 0
+        self._most_pending_seen = 0
+        self._waited_s = 0.0
+
+    def add_save_task(
+        self, layer_name: str, training_step: int, layer_params: Sequence[Tensor]
+    ) -> None:
+        """Add one layer; hands the buffer over when it is full or belongs to an older step.
+
+        Raises TypeError for what are no tensors, CheckpointError for a handler that has failed,
+        RuntimeError after `shutdown`.
+        """
+        self._raise_error()
+        if self._closed:
+            raise RuntimeError("the scheduler was shut down and takes no more layers")
+        params = list(layer_params)
+        for tensor in params:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"layer_params of {layer_name!r} must be tensors, got "
+                    f"{type(tensor).__qualname__}"
+                )
+        if self._tasks and self._tasks[0].training_step != training_step:
+            self._hand_over()
+        task = SaveTask(layer_name, training_step, params)
+        size = task.size_bytes
+        self._tasks.append(task)
+        self._size_bytes += size
+        self._bytes_added += size
+        self._counts["tasks_added"] += 1
+        if self._size_bytes >= self._buffer_bytes:
+            self._hand_over()
+
+    def force_flush(self, timeout_s: float | None = 60.0) -> None:
+        """Hand over what there is and return when the handler is done with it.
+
+        Raises TimeoutError when it is not within `timeout_s` seconds (None: waits on), after which
+        the handler goes on; CheckpointError for a handler that has failed.
+        """
+        self._raise_error()
+        if self._tasks:
+            self._hand_over()
+        pending = self._pending
+        if threading.current_thread() is self._thread:
+            return  # called by the handler: what it waits for could only come after it
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        with pending.changed:
+            while (pending.batches or pending.busy) and pending.error is None:
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    tasks = sum(len(tasks) for tasks, _ in pending.batches)
+                    raise TimeoutError(
+                        f"save_handler was not done after {timeout_s} s; {tasks} layers wait "
+                        "behind the batch that it has"
+                    )
+                pending.changed.wait(left)
+        self._raise_error()
+
+    def drop(self) -> None:
+        """Forget the layers that have not been handed over yet: their step is not to be saved."""
+        self._tasks, self._size_bytes = [], 0
+
+    def shutdown(self, timeout_s: float | None = 60.0) -> None:
+        """`force_flush`, then end the thread. Again: no effect. Raises as `force_flush` does."""
+        if os.getpid() != self._owner or self._closed:
+            return
+        self._closed = True
+        try:
+            self.force_flush(timeout_s)
+        finally:
+            _exit.forget(self)
+            with self._pending.changed:
+                self._pending.stop = True
+                self._pending.changed.notify_all()
+            self._thread = None
+
+    def get_statistics(self) -> dict[str, Any]:
+        """Counts, bytes and seconds so far.
+
+        ``tasks_added``, ``tasks_handed_over``, ``batches``; ``bytes_added``, ``bytes_buffered``,
+        ``bytes_pending`` and the most there ever were; ``largest_batch_bytes``; ``waited_s``:
+        seconds that `add_save_task` was held back; ``handler_s``: seconds spent in the handler.
+        """
+        with self._pending.changed:
+            pending, handler_s = self._pending.size_bytes, self._pending.handler_s
+        return {
+            **self._counts,
+            "bytes_added": self._bytes_added,
+            "bytes_buffered": self._size_bytes,
+            "bytes_pending": pending,
+            "most_bytes_pending": self._most_pending_seen,
+            "largest_batch_bytes": self._largest_batch_bytes,
+            "waited_s": self._waited_s,
+            "handler_s": handler_s,
+        }
+
+    def _hand_over(self) -> None:
+        tasks, size = self._tasks, self._size_bytes
+        self._tasks, self._size_bytes = [], 0
+        self._counts["tasks_handed_over"] += len(tasks)
+        self._counts["batches"] += 1
+        self._largest_batch_bytes = max(self._largest_batch_bytes, size)
+        if self.verbose:
+            print(
+                f"LayerwiseCheckpointScheduler: step {tasks[0].training_step}: {len(tasks)} layers,"
+                f" {size / _MIB:.2f} MiB"
+            )
+        if self.async_save:
+            self._enqueue(tasks, size)
+            return
+        start = time.perf_counter()
+        try:
+            self.save_handler(tasks)
+        finally:
+            self._pending.handler_s += time.perf_counter() - start
+
+    def _enqueue(self, tasks: list[SaveTask], size: int) -> None:
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                f"layers are saved by process {self._owner}, which this one was forked from; make "
+                "a scheduler of its own"
+            )
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_handle, args=(self.save_handler, self._pending), name="pccheck-handler"
+            )
+            self._thread.daemon = True  # or the exit would wait for it before it is told to end
+            self._thread.start()
+            weakref.finalize(self, _stop, self._pending)
+            _exit.remember(self)
+        pending = self._pending
+        start = time.perf_counter()
+        with pending.changed:
+            own = threading.current_thread() is self._thread
+            while (
+                not own  # the handler adding tasks itself cannot wait for itself
+                and pending.error is None
+                and pending.size_bytes > 0
+                and pending.size_bytes + size > self._most_pending
+            ):
+                pending.changed.wait()
+            pending.batches.append((tasks, size))
+            pending.size_bytes += size
+            self._most_pending_seen = max(self._most_pending_seen, pending.size_bytes)
+            pending.changed.notify_all()
+        self._waited_s += time.perf_counter() - start
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        with self._pending.changed:
+            error, self._pending.error = self._pending.error, None
+        if error is not None:
+            raise CheckpointError(f"save_handler failed: {error!r}") from error
+
+
+def _handle(handler: SaveHandler, pending: _Pending) -> None:
+    """The handler's thread; it does not hold the scheduler, which may be dropped meanwhile."""
+    while True:
+        with pending.changed:
+            while not pending.batches:
+                if pending.stop:
+                    return
+                pending.changed.wait()
+            tasks, size = pending.batches.popleft()
+            pending.busy = True
+        start = time.perf_counter()
+        error = None
+        try:
+            handler(tasks)
+        except BaseException as raised:  # told by the scheduler's next method
+            error = raised
+        del tasks
+        with pending.changed:
+            pending.busy = False
+            pending.size_bytes -= size
+            pending.handler_s += time.perf_counter() - start
+            pending.error = pending.error or error
+            pending.changed.notify_all()
+
+
+def _stop(pending: _Pending) -> None:
+    with pending.changed:
+        pending.stop = True
+        pending.changed.notify_all()
