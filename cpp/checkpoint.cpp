@@ -232,6 +232,11 @@ uint64_t Checkpoint::payload_bytes() const {
   return bytes;
 }
 
+uint64_t Checkpoint::written_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return written_bytes_;
+}
+
 std::optional<Checkpoint::Work> Checkpoint::next_layer() {
   const std::lock_guard lock(mutex_);
   if (error_ || layers_taken_ == handed_over_.size() || !handed_over_[layers_taken_])
@@ -318,6 +323,7 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
   {
     const std::lock_guard lock(mutex_);
     files_[index]->block_sums[block] = crc;
+    written_bytes_ += bytes.size();
     if (--files_[index]->blocks_left > 0) return;
   }
   opened.sync_data();
@@ -435,6 +441,11 @@ std::vector<std::shared_ptr<const Layout>> Checkpoint::additions() const {
 std::span<const std::byte> Checkpoint::manifest() const {
   const std::lock_guard lock(mutex_);
   return manifest_;  // of a sealed checkpoint: nobody changes it before the end
+}
+
+void Checkpoint::block_written_elsewhere(uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  written_bytes_ += bytes;
 }
 
 void Checkpoint::published_elsewhere() {

@@ -149,6 +149,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   double durable_seconds() const;  // begin to commit, once published
   const std::shared_ptr<const Layout>& layout() const { return layout_; }
   uint64_t payload_bytes() const;
+  uint64_t written_bytes() const;  // of the payload, so far
 
   // -- the stager --------------------------------------------------------------------------------
 
@@ -201,6 +202,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   std::vector<std::shared_ptr<const Layout>> additions() const;
   std::span<const std::byte> manifest() const;
   // ... and what came of it. A publication that was begun may fail by this alone.
+  void block_written_elsewhere(uint64_t bytes);
   void published_elsewhere();
   void failed_elsewhere(std::exception_ptr error);
 
@@ -246,6 +248,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   size_t layers_taken_ = 0;
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;
+  uint64_t written_bytes_ = 0;
   bool updating_ = false;
   bool has_full_block_ = false;
   bool hurry_ = false;

@@ -353,6 +353,7 @@ void MonitorClient::take(const messages::FromMonitor& message) {
     }
   }
   if (failing) failing->failed_elsewhere(error);
+  if (freed) freed->checkpoint->block_written_elsewhere(freed->bytes);
   freed.reset();
   bell_->ring();
 }

@@ -139,8 +139,10 @@ void verify_and_scatter(const BlockTask& task, std::span<const std::byte> block)
 class BlockReading {
  public:
   // `ahead`, if any, may have begun with the first of the tasks.
-  BlockReading(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead)
+  BlockReading(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead,
+               std::atomic<uint64_t>* bytes_done)
       : tasks_(tasks),
+        bytes_done_(bytes_done),
         readers_(std::clamp<size_t>(threads, 1, tasks.size())),
         buffers_(buffers_for(threads)) {
     for (const BlockTask& task : tasks)
@@ -254,6 +256,8 @@ class BlockReading {
     lock.unlock();
     if (last) wake_all();
     verify_and_scatter(*filled.task, contents(filled));
+    if (bytes_done_ != nullptr)  // relaxed: somebody looks at how far it is, nothing hangs on it
+      bytes_done_->fetch_add(contents(filled).size(), std::memory_order_relaxed);
     lock.lock();
     free_.push_back(filled.buffer);
     lock.unlock();
@@ -267,6 +271,7 @@ class BlockReading {
   }
 
   const std::vector<BlockTask>& tasks_;
+  std::atomic<uint64_t>* const bytes_done_;  // may be null
   const size_t readers_;
   const size_t buffers_;
   size_t buffer_bytes_ = 0;
@@ -281,8 +286,9 @@ class BlockReading {
   std::exception_ptr error_;
 };
 
-void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead = nullptr) {
-  if (!tasks.empty()) BlockReading(tasks, threads, ahead).run();
+void run_tasks(const std::vector<BlockTask>& tasks, unsigned threads, ReadAhead* ahead = nullptr,
+               std::atomic<uint64_t>* bytes_done = nullptr) {
+  if (!tasks.empty()) BlockReading(tasks, threads, ahead, bytes_done).run();
 }
 
 std::vector<std::byte> read_small(Directory& directory, const char* name,
@@ -363,7 +369,7 @@ void CheckpointReader::read(std::vector<ReadRequest> requests, unsigned threads)
   std::unique_ptr<ReadAhead> ahead;
   if (ahead_ && !tasks.empty() && tasks.front().file->file == ahead_->file())
     ahead = std::move(ahead_);
-  run_tasks(tasks, threads, ahead.get());
+  run_tasks(tasks, threads, ahead.get(), &bytes_read_);
 }
 
 void CheckpointReader::verify(unsigned threads) const {
@@ -372,7 +378,7 @@ void CheckpointReader::verify(unsigned threads) const {
   for (const VerifiedFile& file : files)
     for (uint64_t index = 0; index < file.block_sums.size(); ++index)
       tasks.push_back({&file, index, {}});
-  run_tasks(tasks, threads);
+  run_tasks(tasks, threads, nullptr, &bytes_read_);
 }
 
 }  // namespace pccheck

@@ -6,6 +6,7 @@
 // against the files before anything is allocated, all offsets against the sizes.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <span>
 #include <string>
@@ -63,6 +64,9 @@ class CheckpointReader {
   // Reads everything.
   void verify(unsigned threads) const;
 
+  // How much read() and verify() have read and checked so far. Any thread.
+  uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
+
  private:
   std::vector<VerifiedFile> verified_files() const;
 
@@ -70,7 +74,8 @@ class CheckpointReader {
   Checksums checksums_;
   std::vector<std::byte> manifest_;
   std::vector<std::unique_ptr<File>> files_;
-  std::unique_ptr<ReadAhead> ahead_;  // reads from one of the files
+  std::unique_ptr<ReadAhead> ahead_;              // reads from one of the files
+  mutable std::atomic<uint64_t> bytes_read_ = 0;  // relaxed: only looked at
 };
 
 }  // namespace pccheck

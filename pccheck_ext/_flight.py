@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from pccheck_ext import _C
+from pccheck_ext import _C, _progress
 from pccheck_ext._mock import MockSession, MockTicket
 from pccheck_ext._plan import BarePlan, SavePlan
 from pccheck_ext.errors import CheckpointError
@@ -230,10 +230,22 @@ class Flight:
     def wait(self, timeout_s: float | None = None, *, but: Ticket | None = None) -> bool:
         """Wait for what is in flight. False when the time has passed first."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        for ticket in [*self._in_flight, *self._dropped]:
-            if ticket is but:
-                continue
-            left = None if until is None else max(0.0, until - time.monotonic())
-            if not ticket.wait(left):
-                return False
-        return True
+        awaited = [t for t in [*self._in_flight, *self._dropped] if t is not but]
+        patient = time.monotonic() + _progress.PATIENCE_S
+        if _wait_all(awaited, patient if until is None else min(until, patient)):
+            return True
+        total = sum(ticket.payload_bytes for ticket in awaited)
+
+        def written() -> int:
+            return sum(ticket.written_bytes for ticket in awaited)
+
+        with _progress.shown("saving", total, written, patience_s=0.0):
+            return _wait_all(awaited, until)
+
+
+def _wait_all(tickets: list[Ticket], until: float | None) -> bool:
+    for ticket in tickets:
+        left = None if until is None else max(0.0, until - time.monotonic())
+        if not ticket.wait(left):
+            return False
+    return True

@@ -113,6 +113,14 @@ class MockTicket:
 
     def open_all_gates(self) -> None: ...
 
+    @property
+    def written_bytes(self) -> int:
+        return self._record.size_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        return self._record.size_bytes
+
     def staged(self) -> bool:
         return True
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pccheck_ext import _C, _codec, _plan
+from pccheck_ext import _C, _codec, _plan, _progress
 from pccheck_ext._names import check_id, is_id, old_step_of, step_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
 from pccheck_ext.layers import ROOT_LAYER, unwrap
@@ -110,13 +111,25 @@ class Stored:
                 into = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
                 beside.append((target, into))
             reads.append((stored.file, stored.offset, into))
-        self.reader.read(reads, READ_THREADS)
+        total = sum(into.nbytes for _, _, into in reads)
+        with self._progress("restoring", total):
+            self.reader.read(reads, READ_THREADS)
         with torch.no_grad():
             for target, into in beside:
                 for dim, stride in enumerate(target.stride()):
                     if stride == 0 and target.shape[dim] > 1:  # expanded: one element is them all
                         target, into = target.narrow(dim, 0, 1), into.narrow(dim, 0, 1)
                 target.copy_(into)
+
+    def verify(self) -> None:
+        """Read everything; CheckpointCorrupt where a block does not match its checksum."""
+        with self._progress("verifying", sum(size for _, size in self.reader.files)):
+            self.reader.verify(READ_THREADS)
+
+    def _progress(self, what: str, total: int) -> AbstractContextManager[None]:
+        before = self.reader.bytes_read
+        done = lambda: self.reader.bytes_read - before  # noqa: E731
+        return _progress.shown(f"{what} {self.id}", total, done)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         stored = self.of_file(_plan.EXTRA_FILE)
@@ -186,7 +199,7 @@ def find_id(directory: str, checkpoint_id: str) -> str | None:
 def verifies(directory: str, checkpoint_id: str) -> bool:
     """Whether every block is there and matches its checksum. Raises CheckpointNotFound."""
     try:
-        open_checkpoint(directory, checkpoint_id).reader.verify(READ_THREADS)
+        open_checkpoint(directory, checkpoint_id).verify()
     except FileNotFoundError:
         if not os.path.isdir(os.path.join(directory, checkpoint_id)):
             raise

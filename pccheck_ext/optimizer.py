@@ -350,8 +350,9 @@ class LayerwiseOptimizer(Optimizer):
     def _raw_step(self) -> Callable[..., Any] | None:
         """The base's step below the hook runner, or None where only its public step will do."""
         step = cast(Any, type(self._base).step)
-        # torch.compile, once used, has wrapped some types' to keep itself out of them.
-        step = getattr(step, "_torchdynamo_orig_callable", step)
+        if getattr(step, "__code__", None) is not _HOOK_RUNNER:
+            # torch.compile, once used, has wrapped some types' to keep itself out of them.
+            step = getattr(step, "_torchdynamo_orig_callable", step)
         if self._layerwise or type(self._base) in _BY_LAYER:
             # Schedulers wrap the instance's step only to mark the call.
             patched = self._base.__dict__.get("step")

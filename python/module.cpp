@@ -190,6 +190,8 @@ void bind_save(py::module_& module) {
       .def("abandon", &Ticket::abandon, py::arg("reason"))
       .def("open_gate", &Ticket::open_gate, py::arg("layer"))
       .def("open_all_gates", &Ticket::open_all_gates)
+      .def_property_readonly("written_bytes", &Ticket::written_bytes)
+      .def_property_readonly("payload_bytes", &Ticket::payload_bytes)
       .def("staged", &Ticket::staged)
       .def("layer_staged", &Ticket::layer_staged, py::arg("layer"))
       .def("wait_layer_staged", &Ticket::wait_layer_staged, py::arg("layer"),
@@ -256,6 +258,7 @@ void bind_load(py::module_& module) {
                                  files.append(py::make_tuple(file.name, file.size_bytes));
                                return files;
                              })
+      .def_property_readonly("bytes_read", &CheckpointReader::bytes_read)
       .def_property_readonly(
           "block_bytes",
           [](const CheckpointReader& reader) { return reader.checksums().block_bytes; })

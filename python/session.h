@@ -70,6 +70,8 @@ class Ticket {
   bool wait_layer_staged(size_t layer, std::optional<double> timeout_s) const;
   bool in_flight() const { return checkpoint_->state() == Checkpoint::State::in_flight; }
   bool committed() const { return checkpoint_->state() == Checkpoint::State::committed; }
+  uint64_t written_bytes() const { return checkpoint_->written_bytes(); }
+  uint64_t payload_bytes() const { return checkpoint_->payload_bytes(); }
   // What failed it: message and errno (0 if it was no system call).
   std::optional<std::pair<std::string, int>> error() const;
   // False when the time has passed first.
