@@ -153,7 +153,7 @@ cuda-check: $(cuda_stamp)
 	  pyproject.toml README.md LICENSE cpp cuda python pccheck_ext | tar -x -C $(cuda_copy)
 	PCCHECK_CUDA=1 PCCHECK_WERROR=1 .venv-cuda/bin/python -m pip install --no-build-isolation \
 	  --force-reinstall --no-deps ./$(cuda_copy)
-	.venv-cuda/bin/python -m pip install --quiet numpy pytest safetensors
+	.venv-cuda/bin/python -m pip install --quiet numpy tqdm networkx pytest safetensors
 	cd / && '$(CURDIR)/.venv-cuda/bin/python' -c 'import pccheck_ext, torch; \
 	  assert pccheck_ext.built_with_cuda; \
 	  print("The CUDA build compiles, links and imports: torch", torch.__version__)'

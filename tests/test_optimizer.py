@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import subprocess
 import sys
 import threading
 import types
@@ -300,6 +301,29 @@ def train_sparse(model: Sparse, optimizer: Optimizer) -> None:
         optimizer.zero_grad()
         model(torch.tensor([step, step + 1, step + 1])).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "before", ["", "torch.optim.SparseAdam([torch.nn.Parameter(torch.ones(2))])"]
+)
+def test_sparse_adam_is_stepped_by_layer_after_torch_compile_was_used_too(before: str) -> None:
+    """It then keeps out of SparseAdam's step, whether the class has been used before or not."""
+    program = f"""
+import torch
+from pccheck_ext import LayerwiseOptimizer
+{before}
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+rows = torch.nn.Embedding(10, 3, sparse=True)
+layers = {{"rows": list(rows.parameters())}}
+base = torch.optim.SparseAdam(rows.parameters())
+optimizer = LayerwiseOptimizer(base, ["rows"], layers, callback=lambda *_: None)
+rows(torch.tensor([1, 2])).sum().backward()
+optimizer.step()
+assert optimizer.get_statistics()["layerwise_steps"] == 1
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:pccheck_ext", "-c", program], check=True
+    )
 
 
 def test_sparse_adam_is_stepped_by_layer() -> None:
