@@ -112,6 +112,9 @@ class Session:
     def close(self) -> str | None:
         """Finish what was sealed; returns what could not be cleared up, if anything."""
 
+    def leave(self) -> None:
+        """Let go of everything without waiting: what is in flight goes on while the process does."""
+
     @property
     def monitor_process(self) -> int | None: ...
     def monitor_death(self) -> str | None:

@@ -188,6 +188,9 @@ class MockSession:
         self.is_open = False
         return None
 
+    def leave(self) -> None:
+        self.is_open = False
+
     def monitor_death(self) -> str | None:
         return None
 

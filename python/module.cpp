@@ -220,6 +220,7 @@ void bind_save(py::module_& module) {
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
       .def("keep", &Session::keep, py::arg("steps"))
       .def("close", &Session::close)
+      .def("leave", &Session::leave)
       .def_property_readonly("is_open", &Session::is_open)
       .def_property_readonly("path", &Session::path)
       .def("reap", &Session::reap)

@@ -246,8 +246,7 @@ Session::~Session() {
   if (!engine_) return;
   if (::getpid() != owner_) {
     // The threads are the parent's, and so is whatever their locks protect: leave all of it alone.
-    (void)engine_.release();
-    (void)std::make_unique<decltype(tickets_)>(std::move(tickets_)).release();
+    leave();
     return;
   }
   if (manual_copier_ != nullptr) manual_copier_->release_all();
@@ -294,6 +293,12 @@ void Session::keep(std::set<uint64_t> steps) {
 
 void Session::reap() {
   std::erase_if(tickets_, [](const auto& ticket) { return ticket->may_be_dropped(); });
+}
+
+void Session::leave() {
+  monitor_ = nullptr;
+  (void)engine_.release();
+  (void)std::make_unique<decltype(tickets_)>(std::move(tickets_)).release();
 }
 
 std::optional<std::string> Session::close() {

@@ -113,6 +113,9 @@ class Session {
   // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
   // returned, not thrown: nothing was lost by it.
   std::optional<std::string> close();
+  // Lets go of everything without waiting, for good: what is in flight goes on as far as the disk
+  // lets it, for as long as this process lives. The directory stays locked as long.
+  void leave();
   bool is_open() const { return engine_ != nullptr; }
 
   Engine& engine();  // throws when closed, or in a forked child
