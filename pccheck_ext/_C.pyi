@@ -113,7 +113,7 @@ class Session:
         """Finish what was sealed; returns what could not be cleared up, if anything."""
 
     def leave(self) -> None:
-        """Let go of everything without waiting: what is in flight goes on while the process does."""
+        """Let go of everything without waiting; what is in flight goes on if the process does."""
 
     @property
     def monitor_process(self) -> int | None: ...

@@ -1,6 +1,7 @@
 """pccheck_ext: the whole training state on NVMe at every step, while training goes on.
 
-The front door is `LayerwiseCheckpointTrainer`; `ModelRecovery` reads what it wrote. Also
+The front door is `LayerwiseCheckpointTrainer`; `ModelRecovery` reads what it wrote;
+`DependencyGraphBuilder` tells, and draws, in which order layers are updated. Also
 `torch.ops.pccheck.save_chunks` and `load_chunks`: one safetensors file, written and read in
 parallel; `wait` waits for the former's ticket.
 """
@@ -21,6 +22,7 @@ from pccheck_ext.errors import (  # noqa: E402
     CheckpointMismatch,
     CheckpointNotFound,
 )
+from pccheck_ext.graph import DependencyGraphBuilder, capture_first_forward  # noqa: E402
 from pccheck_ext.metadata import CheckpointMetadataManager  # noqa: E402
 from pccheck_ext.optimizer import LayerwiseOptimizer  # noqa: E402
 from pccheck_ext.recovery import ModelRecovery  # noqa: E402
@@ -33,6 +35,7 @@ __all__ = [
     "CheckpointMetadataManager",
     "CheckpointMismatch",
     "CheckpointNotFound",
+    "DependencyGraphBuilder",
     "LayerwiseCheckpointScheduler",
     "LayerwiseCheckpointTrainer",
     "LayerwiseOptimizer",
@@ -40,6 +43,7 @@ __all__ = [
     "PCCheckAdapter",
     "SaveTask",
     "built_with_cuda",
+    "capture_first_forward",
     "wait",
 ]
 

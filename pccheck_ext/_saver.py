@@ -21,10 +21,11 @@ from torch import nn
 from pccheck_ext import _codec, _plan, _rng
 from pccheck_ext._flight import Begun, Ticket
 from pccheck_ext._names import step_id
+from pccheck_ext._order import OrderWatch
 from pccheck_ext._plan import PlanChangedError, SavePlan
 from pccheck_ext._policy import Best, Interval
 from pccheck_ext.adapter import PCCheckAdapter
-from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
+from pccheck_ext.graph import DependencyGraphBuilder
 from pccheck_ext.optimizer import LayerwiseOptimizer
 from pccheck_ext.scheduler import LayerwiseCheckpointScheduler
 
@@ -98,7 +99,7 @@ class StepSaver:
         progress: Callable[[], dict[str, Any]],
         metrics: Callable[[], dict[str, float]],
         config: dict[str, Any],
-        order: GradientOrder | None,
+        order: OrderWatch | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.adapter = adapter
@@ -133,7 +134,13 @@ class StepSaver:
         self._pending: tuple[Begun, _AtStep] | None = None  # taken, not sealed
         self._arrival = _FirstGradient(weakref.ref(self))
         self._listed: dict[str, list[torch.Tensor]] = {}  # by layer, what the optimizer updates
-        self.order_source = "given"
+        self.order_source = "given" if order is None else "registration"
+        self.order_reason = (
+            "the optimizer came with its layers in order"
+            if order is None
+            else "no step has been saved yet, before which the order is found out"
+        )
+        self.graph_builder: DependencyGraphBuilder | None = None
         self._order = order
         adapter.bind(self._save_whole)
 
@@ -223,12 +230,12 @@ class StepSaver:
     def _settle_order(self) -> None:
         if self._order is None:
             return
-        self._order.close()
-        self.optimizer.set_update_order(
-            self._order.update_order(), group_parameters_by_layer(self.model)
-        )
-        self.order_source = self._order.source
+        self.graph_builder = builder = self._order.settle()
         self._order = None
+        self.optimizer.set_update_order(
+            builder.get_update_order(), builder.group_parameters_by_layer()
+        )
+        self.order_source, self.order_reason = builder.order_source, builder.order_reason
 
     def _finish_step(self) -> None:
         begun, self._begun = self._begun, None

@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +22,14 @@ from torch.optim.optimizer import (
 
 from pccheck_ext import _C, _codec, _exit, _restore, _rng
 from pccheck_ext._names import step_id
+from pccheck_ext._order import OrderWatch
 from pccheck_ext._policy import Best, Interval
 from pccheck_ext._saver import StepSaver
 from pccheck_ext._sigterm import Sigterm
 from pccheck_ext.adapter import PCCheckAdapter
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch
-from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
+from pccheck_ext.graph import DependencyGraphBuilder
+from pccheck_ext.layers import group_parameters_by_layer
 from pccheck_ext.optimizer import LayerwiseOptimizer
 from pccheck_ext.recovery import ModelRecovery
 from pccheck_ext.scheduler import LayerwiseCheckpointScheduler
@@ -107,6 +109,8 @@ class LayerwiseCheckpointTrainer:
         drain_timeout_s: How long a monitor whose trainer was killed may take to commit the rest.
         sigterm_deadline_s: Handle SIGTERM: training ends between two steps with its newest state
             committed, within so many seconds, or it is said what was lost. None: not handled.
+        example_inputs: What forward is called with, as `DependencyGraphBuilder` takes it, to find
+            the layers' order by; None: copies without data of what the first forward is given.
 
     Raises:
         ValueError, TypeError: an argument that cannot be; nothing has been written then.
@@ -151,6 +155,7 @@ class LayerwiseCheckpointTrainer:
         on_monitor_death: str = "restart",
         drain_timeout_s: float = 60.0,
         sigterm_deadline_s: float | None = None,
+        example_inputs: Any = None,
         _manual_copier: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -210,13 +215,13 @@ class LayerwiseCheckpointTrainer:
         self.metadata_manager = self.adapter.metadata
         self.recovery = ModelRecovery(self.checkpoint_dir)
         self._session = self.adapter.session
-        order = None
+        order: OrderWatch | None = None
         if isinstance(base, LayerwiseOptimizer):
             self.optimizer = base
         else:
             layers = group_parameters_by_layer(model)
             self.optimizer = LayerwiseOptimizer(base, list(reversed(layers)), layers)
-            order = GradientOrder(layers)
+            order = OrderWatch(model, example_inputs, verbose)
         if best is not None:
             _find_metrics(best, self.checkpoint_dir)
         self._saver = StepSaver(
@@ -279,8 +284,21 @@ class LayerwiseCheckpointTrainer:
 
     @property
     def order_source(self) -> str:
-        """Where `update_order` is from: "gradients", "registration" or "given"."""
+        """Where `update_order` is from: "data flow", "gradients", "registration" or "given".
+
+        Found out before the first step that is saved; "registration" until then.
+        """
         return self._saver.order_source
+
+    @property
+    def order_reason(self) -> str:
+        """Why the order is from there, and not from the data flow if it is not."""
+        return self._saver.order_reason
+
+    @property
+    def graph_builder(self) -> DependencyGraphBuilder | None:
+        """What found the order out; None before that, and where the order was given."""
+        return self._saver.graph_builder
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Take one optimizer step and save what is due; `loss` goes into the history.
@@ -478,6 +496,23 @@ class LayerwiseCheckpointTrainer:
             names = ", ".join(name for _, name in candidates)
             raise CheckpointCorrupt(f"no checkpoint in {self.checkpoint_dir} verifies: {names}")
         return 0
+
+    def start_at(
+        self, step: int, losses: Sequence[float] = (), loss_steps: Sequence[int] = ()
+    ) -> None:
+        """Count from `step`: for a state that was loaded by other means than `resume`.
+
+        Checkpoints of later steps that are in the directory are left aside, as after `resume`.
+        `losses` and the steps they are of become the history. Raises ValueError for what cannot be.
+        """
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"step must be a whole number, 0 or more, not {step!r}")
+        if len(losses) != len(loss_steps):
+            raise ValueError(f"{len(losses)} losses of {len(loss_steps)} steps")
+        self._settle()
+        self._saver.restart_from(step)
+        self.optimizer.training_step = step
+        self._losses, self._loss_steps = array("d", losses), array("q", loss_steps)
 
     def load_checkpoint(self, checkpoint_id: str) -> list[str]:
         """Load everything from one checkpoint; returns the layers that it has nothing of.
