@@ -32,9 +32,11 @@ def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def trainer_in(directory: Path, seed: int) -> pccheck_ext.LayerwiseCheckpointTrainer:
     model, optimizer = make(seed)
+    layers = pccheck_ext.DependencyGraphBuilder(model).group_parameters_by_layer()
     return pccheck_ext.LayerwiseCheckpointTrainer(
         model,
-        optimizer,
+        # In a given order: to find it out would take most of the time before the kill.
+        pccheck_ext.LayerwiseOptimizer(optimizer, list(reversed(layers)), layers),
         checkpoint_dir=directory,
         batch_size_mb=1,
         ratio=1,
