@@ -13,9 +13,19 @@
 namespace pccheck {
 namespace {
 
+constexpr int64_t kLongestWaitMs = 60'000;  // what poll() can count has an end
+
 bool is_readable(int descriptor) {
   pollfd one{descriptor, POLLIN, 0};
   return ::poll(&one, 1, 0) > 0;
+}
+
+// What lies beyond all clocks is no limit.
+Clock::time_point in_seconds(double seconds) {
+  constexpr double kForEver = 1e9;
+  if (seconds >= kForEver) return Clock::time_point::max();
+  return Clock::now() +
+         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
 
 void require(bool holds, const char* what) {
@@ -54,7 +64,11 @@ std::vector<size_t> Monitor::Borrowed::take_released() {
 
 Monitor::Monitor(Channel channel) : channel_(std::move(channel)) {}
 
-Monitor::~Monitor() = default;
+// A block that nobody has written rings for the committer as it goes, which has to be there then.
+Monitor::~Monitor() {
+  while (full_.try_pop()) {
+  }
+}
 
 Monitor::Outcome Monitor::run() {
   try {
@@ -64,7 +78,15 @@ Monitor::Outcome Monitor::run() {
     send_what_waits();
     return Outcome::refused;
   }
-  serve();
+  std::exception_ptr gave_up;
+  try {
+    serve();
+  } catch (const std::exception&) {
+    gave_up = std::current_exception();
+    channel_.hang_up();
+    trainer_has_gone("the monitor could not go on");
+    serve();
+  }
   const bool idle = persister_->in_flight() == 0;
   if (!idle) return Outcome::drain_timeout;
   persister_.reset();
@@ -75,6 +97,7 @@ Monitor::Outcome Monitor::run() {
     complaint = error.what();
   }
   run_.reset();  // the lock is free before the trainer hears that it is
+  if (gave_up) std::rethrow_exception(gave_up);
   if (!closing_) return Outcome::trainer_died;
   say(messages::Closed{complaint});
   send_what_waits();
@@ -96,12 +119,15 @@ void Monitor::begin() {
   require(hello_.block_bytes != 0, "blocks without a size");
   slots_.emplace(std::move(first->descriptors[0]), hello_.block_bytes, wake_);
   persister_.emplace(hello_.writer_threads);
-  run_ = open_run_directory(hello_.path, {hello_.keep_last, hello_.max_spares, hello_.keep_every},
-                            std::chrono::duration<double>(hello_.lock_timeout_s), [&] {
-                              if (!is_readable(trainer_.get())) return;
-                              trainer_gone_ = true;
-                              throw std::runtime_error("the trainer has ended");
-                            });
+  run_ =
+      open_run_directory(hello_.path, {hello_.keep_last, hello_.max_spares, hello_.keep_every},
+                         std::chrono::duration<double>(hello_.lock_timeout_s), [&] {
+                           // It says nothing before it has heard that we are ready.
+                           if (!is_readable(trainer_.get()) && !is_readable(channel_.descriptor()))
+                             return;
+                           trainer_gone_ = true;
+                           throw std::runtime_error("the trainer has ended");
+                         });
   persister_->start(full_, full_bell_);
   say(messages::Ready{});
   send_what_waits();
@@ -111,21 +137,23 @@ void Monitor::begin() {
 void Monitor::serve() {
   while (true) {
     wake_.clear();
+    // Before the end is looked for and before poll(): it may have been the last there was to do,
+    // and there may be no room for all of it in the channel.
+    tell_what_happened();
     if (trainer_gone_ || closing_) {
       if (persister_->in_flight() == 0 && in_flight_.empty() && unsent_.empty()) return;
       if (Clock::now() >= until_) return;
     }
     const auto left = until_ - Clock::now();
+    const int64_t left_ms = std::chrono::ceil<std::chrono::milliseconds>(left).count();
     const int at_most = until_ == Clock::time_point::max()
                             ? -1
-                            : static_cast<int>(std::max<int64_t>(
-                                  1, std::chrono::ceil<std::chrono::milliseconds>(left).count()));
+                            : static_cast<int>(std::clamp<int64_t>(left_ms, 1, kLongestWaitMs));
     const auto channel_events = static_cast<short>(POLLIN | (unsent_.empty() ? 0 : POLLOUT));
     std::array<pollfd, 3> awaited{{{wake_.descriptor(), POLLIN, 0},
                                    {channel_.descriptor(), channel_events, 0},
                                    {trainer_.get(), POLLIN, 0}}};
     if (trainer_gone_) awaited[1].fd = awaited[2].fd = -1;
-    tell_what_happened();
     if (::poll(awaited.data(), awaited.size(), at_most) < 0 && errno != EINTR) throw_errno("poll");
     if (trainer_gone_) continue;
     // In this order: what a trainer said before it died is all there once it is known to be dead.
@@ -171,8 +199,8 @@ void Monitor::take(messages::FromTrainer message) {
         begun->identity, begun->name, Layout::of_files(files_of(begun->files), hello_.block_bytes),
         make_directory_target(run_, begun->name),
         Checkpoint::Bells{[] {},
-                          [this] {
-                            persister_->look();
+                          [this, &persister = *persister_] {
+                            persister.look();
                             wake_.ring();
                           }});
     in_flight_.push_back({begun->ticket, checkpoint});
@@ -183,6 +211,7 @@ void Monitor::take(messages::FromTrainer message) {
     take_block(*staged);
   } else if (auto* seal = std::get_if<messages::Seal>(&message)) {
     find(seal->ticket).seal(std::move(seal->manifest), std::nullopt);
+    persister_->look();  // one that has failed already waits for this, and does not ring
   } else if (const auto* abandon = std::get_if<messages::Abandon>(&message)) {
     Checkpoint& checkpoint = find(abandon->ticket);
     checkpoint.fail(std::make_exception_ptr(std::runtime_error(abandon->reason)));
@@ -251,8 +280,7 @@ void Monitor::tell_what_happened() {
 void Monitor::trainer_has_gone(const std::string& how) {
   trainer_gone_ = true;
   unsent_.clear();
-  until_ = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                              std::chrono::duration<double>(hello_.drain_timeout_s));
+  until_ = in_seconds(hello_.drain_timeout_s);
   for (const InFlight& one : in_flight_) {
     if (one.checkpoint->staging_ended()) continue;  // sealed: it needs the trainer no more
     one.checkpoint->fail(

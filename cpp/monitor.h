@@ -32,7 +32,7 @@ class Monitor {
   };
 
   // Serves one trainer to its end. Throws nothing that can be told to the trainer; std::exception
-  // when it cannot go on, with everything sealed committed.
+  // when it cannot go on, with the channel ended first and everything sealed committed.
   Outcome run();
 
  private:

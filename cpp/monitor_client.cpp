@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <stdexcept>
@@ -15,6 +16,7 @@ namespace {
 using messages::FilePlan;
 
 constexpr auto kHandshakePoll = std::chrono::milliseconds(20);
+constexpr auto kAnswerPoll = std::chrono::milliseconds(50);
 constexpr auto kEndsWithin = std::chrono::seconds(5);
 
 std::vector<FilePlan> files_of(const Layout& layout) {
@@ -48,22 +50,32 @@ MonitorClient::MonitorClient(const MonitorOptions& options, messages::Hello hell
     const Channel its_end = std::move(ends.second);
   }  // or its death would not end the channel
   hello.drain_timeout_s = options.drain_timeout.count();
+  try {
+    greet(hello, slots, interrupted);
+  } catch (const ChannelClosed&) {
+    process_.wait_end(kEndsWithin);
+    throw MonitorDied("the monitor " + options.executable + " " + process_.ending() +
+                      " before it was ready");
+  } catch (...) {
+    channel_.hang_up();  // which ends the monitor, wherever it is
+    process_.wait_end(kEndsWithin);
+    throw;
+  }
+}
+
+// Throws what the monitor is not ready for, ChannelClosed when it has ended.
+void MonitorClient::greet(const messages::Hello& hello, const SharedSlots& slots,
+                          const std::function<void()>& interrupted) {
   const Descriptor self = open_pidfd(::getpid());
   const std::array<int, 2> descriptors{slots.descriptor(), self.get()};
   send(hello, descriptors);
   std::array<pollfd, 1> awaited{{{channel_.descriptor(), POLLIN, 0}}};
   while (true) {
     poll_all(awaited, static_cast<int>(kHandshakePoll.count()));
-    try {
-      if (const std::optional<Message> message = channel_.receive()) {
-        const messages::FromMonitor answer = messages::decode_from_monitor(message->bytes);
-        if (std::holds_alternative<messages::Ready>(answer)) return;
-        std::rethrow_exception(messages::to_error(std::get<messages::Refused>(answer).failure));
-      }
-    } catch (const ChannelClosed&) {
-      process_.wait_end(kEndsWithin);
-      throw MonitorDied("the monitor " + options.executable + " " + process_.ending() +
-                        " before it was ready");
+    if (const std::optional<Message> message = channel_.receive()) {
+      const messages::FromMonitor answer = messages::decode_from_monitor(message->bytes);
+      if (std::holds_alternative<messages::Ready>(answer)) return;
+      std::rethrow_exception(messages::to_error(std::get<messages::Refused>(answer).failure));
     }
     interrupted();
   }
@@ -85,8 +97,9 @@ std::exception_ptr MonitorClient::death() const {
   return death_;
 }
 
-std::vector<std::string> MonitorClient::set_aside_after(uint64_t step) {
-  messages::Names answer = ask<messages::Names>(messages::SetAside{step});
+std::vector<std::string> MonitorClient::set_aside_after(uint64_t step,
+                                                        const std::function<void()>& interrupted) {
+  messages::Names answer = ask<messages::Names>(messages::SetAside{step}, interrupted);
   if (!answer.failure.text.empty()) std::rethrow_exception(messages::to_error(answer.failure));
   return std::move(answer.names);
 }
@@ -97,11 +110,15 @@ void MonitorClient::keep(const std::set<uint64_t>& steps) try {
   // It has died: the receiver tells.
 }
 
-std::optional<std::string> MonitorClient::close() {
+std::optional<std::string> MonitorClient::close(const std::function<void()>& interrupted) {
   if (death()) return std::nullopt;  // was told when it died
-  messages::Closed answer = ask<messages::Closed>(messages::Close{});
-  if (answer.complaint.empty()) return std::nullopt;
-  return std::move(answer.complaint);
+  try {
+    messages::Closed answer = ask<messages::Closed>(messages::Close{}, interrupted);
+    if (answer.complaint.empty()) return std::nullopt;
+    return std::move(answer.complaint);
+  } catch (const MonitorDied& died) {
+    return died.what();  // everything was committed by then
+  }
 }
 
 uint64_t MonitorClient::last_sealed_step() const {
@@ -118,10 +135,14 @@ void MonitorClient::start(BlockQueue& full, Doorbell& pushed) {
 }
 
 void MonitorClient::add(std::shared_ptr<Checkpoint> checkpoint) {
+  std::exception_ptr death;
   {
     const std::lock_guard lock(mutex_);
-    in_flight_.push_back({.ticket = ++tickets_, .checkpoint = std::move(checkpoint)});
+    in_flight_.push_back({.ticket = ++tickets_, .checkpoint = checkpoint});
+    death = death_;
   }
+  // It died after the engine looked: died() has not seen this one.
+  if (death) checkpoint->failed_elsewhere(death);
   bell_->ring();
 }
 
@@ -154,15 +175,22 @@ void MonitorClient::send(const messages::FromTrainer& message, std::span<const i
 }
 
 template <typename Reply>
-Reply MonitorClient::ask(const messages::FromTrainer& question) {
+Reply MonitorClient::ask(const messages::FromTrainer& question,
+                         const std::function<void()>& interrupted) {
   try {
     send(question);
   } catch (const ChannelClosed&) {
     // The receiver finds out what has happened.
   }
   std::unique_lock lock(mutex_);
-  answered_.wait(lock, [&] { return answer_ || death_; });
-  if (!answer_) std::rethrow_exception(death_);
+  // Another kind of answer is a late one, to a question whose asker was interrupted.
+  const auto answered = [&] { return answer_ && std::holds_alternative<Reply>(*answer_); };
+  while (!answered_.wait_for(lock, kAnswerPoll, [&] { return answered() || death_; })) {
+    lock.unlock();
+    interrupted();
+    lock.lock();
+  }
+  if (!answered()) std::rethrow_exception(death_);
   Reply reply = std::get<Reply>(std::move(*answer_));
   answer_.reset();
   return reply;
@@ -186,8 +214,11 @@ bool MonitorClient::send_one() noexcept {
     // Looked at before the queue: of a checkpoint that is staged whole by now, every block is in
     // the queue or has been.
     std::vector<InFlight> staged;
+    const bool dead = death() != nullptr;  // then there is nobody to tell, but blocks to let go of
     for (const InFlight& one : snapshot()) {
-      if (finish(one) || announce(one)) return true;
+      if (finish(one)) return true;
+      if (dead) continue;
+      if (announce(one)) return true;
       if (!one.over && (one.checkpoint->staging_ended() || one.checkpoint->error()))
         staged.push_back(one);
     }
@@ -226,10 +257,28 @@ bool MonitorClient::announce(const InFlight& one) {
   return true;
 }
 
+// With everything sent that has to precede its blocks. It may have been begun, or have got files
+// more, after send_one() looked at what is in flight and before it took the block.
+std::optional<MonitorClient::InFlight> MonitorClient::announced(const Checkpoint& checkpoint) {
+  while (true) {
+    std::optional<InFlight> one;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = std::ranges::find(
+          in_flight_, &checkpoint, [](const InFlight& other) { return other.checkpoint.get(); });
+      if (death_ || found == in_flight_.end()) return std::nullopt;
+      one = *found;
+    }
+    if (!announce(*one)) return one;
+  }
+}
+
 void MonitorClient::send_block(std::unique_ptr<Block> block) {
   Checkpoint& checkpoint = *block->checkpoint;
   if (checkpoint.error()) return;  // the block is dropped, its slot comes free
-  messages::Staged message{.ticket = 0,
+  const std::optional<InFlight> one = announced(checkpoint);
+  if (!one) return;
+  messages::Staged message{.ticket = one->ticket,
                            .file = block->file,
                            .block = block->index,
                            .bytes = block->bytes,
@@ -238,8 +287,6 @@ void MonitorClient::send_block(std::unique_ptr<Block> block) {
                            .summed = block->summed == block->bytes};
   {
     const std::lock_guard lock(mutex_);
-    for (const InFlight& one : in_flight_)
-      if (one.checkpoint.get() == &checkpoint) message.ticket = one.ticket;
     // Lent before it is sent: it may be back before send() returns.
     if (death_) return;
     lent_[message.slot] = std::move(block);

@@ -44,14 +44,17 @@ class MonitorClient final : public Persister {
   // Null while it lives.
   std::exception_ptr death() const;
 
-  // As RunDirectory::set_aside_after.
-  std::vector<std::string> set_aside_after(uint64_t step);
+  // As RunDirectory::set_aside_after. In both, `interrupted` is called now and then while the
+  // monitor does not answer and may throw. Throws MonitorDied.
+  std::vector<std::string> set_aside_after(
+      uint64_t step, const std::function<void()>& interrupted = [] {});
 
   // As RunDirectory::keep, before anything that is sealed later is committed.
   void keep(const std::set<uint64_t>& steps);
 
-  // With nothing in flight: lets the monitor clear up and end. Returns what it could not clear up.
-  std::optional<std::string> close();
+  // With nothing in flight: lets the monitor clear up and end. Returns what it could not clear up,
+  // be it that it died over it.
+  std::optional<std::string> close(const std::function<void()>& interrupted = [] {});
 
   // The newest step that the monitor will commit even if this process ends now.
   uint64_t last_sealed_step() const;
@@ -86,9 +89,11 @@ class MonitorClient final : public Persister {
   MonitorClient(const MonitorOptions& options, messages::Hello hello, const SharedSlots& slots,
                 const std::function<void()>& interrupted, std::pair<Channel, Channel> ends);
 
+  void greet(const messages::Hello& hello, const SharedSlots& slots,
+             const std::function<void()>& interrupted);
   void send(const messages::FromTrainer& message, std::span<const int> descriptors = {});
   template <typename Reply>
-  Reply ask(const messages::FromTrainer& question);
+  Reply ask(const messages::FromTrainer& question, const std::function<void()>& interrupted);
 
   // The sender's thread.
   bool send_one() noexcept;
@@ -97,6 +102,7 @@ class MonitorClient final : public Persister {
   bool finish(const InFlight& one);
   bool send_end(const InFlight& one);
   void send_block(std::unique_ptr<Block> block);
+  std::optional<InFlight> announced(const Checkpoint& checkpoint);
   InFlight* find(uint64_t ticket);  // under mutex_
 
   // The receiver's thread.
@@ -105,8 +111,8 @@ class MonitorClient final : public Persister {
   void died(const std::string& how);
 
   Channel channel_;
-  MonitorProcess process_;
   Wake stop_receiving_;
+  MonitorProcess process_;
   std::mutex send_mutex_;  // guards channel_.send(), which may wait
   BlockQueue* full_ = nullptr;
   Doorbell* bell_ = nullptr;

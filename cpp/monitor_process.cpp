@@ -69,7 +69,15 @@ MonitorProcess::MonitorProcess(const std::string& executable, const std::string&
                                   arguments.data(), environ);
   if (error != 0)
     throw std::system_error(error, std::generic_category(), "starting the monitor " + executable);
-  pidfd_ = open_pidfd(id_);
+  try {
+    pidfd_ = open_pidfd(id_);
+  } catch (...) {
+    // Nobody would hear of its end. It holds nothing yet: it has not been greeted.
+    ::kill(id_, SIGKILL);
+    while (::waitpid(id_, nullptr, 0) < 0 && errno == EINTR) {
+    }
+    throw;
+  }
 }
 
 MonitorProcess::~MonitorProcess() {

@@ -4,6 +4,8 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +15,22 @@ namespace pccheck {
 namespace {
 
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+constexpr size_t kReservedAtOnce = size_t{1} << 20;
+
+// Piece by piece: some kernels give back all that they had reserved when a signal comes in between,
+// and signals may come often.
+void reserve(const Descriptor& memory, size_t bytes) {
+  for (size_t done = 0; done < bytes;) {
+    const size_t piece = std::min(kReservedAtOnce, bytes - done);
+    const int error =
+        ::posix_fallocate(memory.get(), static_cast<off_t>(done), static_cast<off_t>(piece));
+    if (error == EINTR) continue;
+    if (error != 0)
+      throw std::system_error(error, std::generic_category(),
+                              "reserving " + std::to_string(bytes) + " bytes of staging memory");
+    done += piece;
+  }
+}
 
 }  // namespace
 
@@ -20,10 +38,7 @@ SharedSlots::SharedSlots(size_t bytes)
     : memory_(::memfd_create("pccheck-slots", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
   if (!memory_) throw_errno("memfd_create of staging memory");
   // Reserved now: a page that cannot be had later would be a signal that kills the process.
-  const int error = ::posix_fallocate(memory_.get(), 0, static_cast<off_t>(bytes));
-  if (error != 0)
-    throw std::system_error(error, std::generic_category(),
-                            "reserving " + std::to_string(bytes) + " bytes of staging memory");
+  reserve(memory_, bytes);
   if (::fcntl(memory_.get(), F_ADD_SEALS, kSeals) != 0) throw_errno("sealing staging memory");
   map(bytes);
 }

@@ -208,12 +208,12 @@ class Flight:
             ticket.wait()
         for begun in self.gated:
             begun.ticket.open_all_gates()
-        if self.on_monitor_death == "raise":
-            self.raise_failures()
         lost = [ticket.name for ticket in self._in_flight if not ticket.committed()]
         for ticket in self._in_flight:
             self.ended(ticket)
         self.gated, self._in_flight, self._dropped = [], [], []
+        if self.on_monitor_death == "raise":
+            raise CheckpointError(f"{death}. Lost: {', '.join(lost) or 'none'}")
         direct = self.on_monitor_death == "direct"
         warnings.warn(
             f"{death}. Lost: {', '.join(lost) or 'none'}. Training goes on, "

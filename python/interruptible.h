@@ -28,4 +28,10 @@ bool wait_interruptibly(WaitUntil wait_until, std::optional<double> timeout_s = 
   }
 }
 
+// For waits that have released the GIL and call this now and then.
+inline void look_for_signals() {
+  const pybind11::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
+
 }  // namespace pccheck::python

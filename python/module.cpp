@@ -58,12 +58,6 @@ py::list layer_tensors(const Layout& layout, size_t layer) {
   return tensors;
 }
 
-// For waits with the interpreter's lock released.
-void look_for_signals() {
-  const py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
 std::unique_ptr<Session> open_session(const std::string& path, size_t block_bytes,
                                       size_t staging_bytes, unsigned writer_threads,
                                       size_t max_in_flight, size_t keep_last, uint64_t keep_every,

@@ -203,6 +203,7 @@ std::optional<pid_t> Session::monitor_process() const {
 
 std::optional<std::string> Session::monitor_death() const {
   if (monitor_ == nullptr) return std::nullopt;
+  require_owner();  // a thread that is not here may have held the lock when this process was forked
   const std::exception_ptr death = monitor_->death();
   if (!death) return std::nullopt;
   return messages::failure_of(death).text;
@@ -256,9 +257,13 @@ Session::~Session() {
 
 Engine& Session::engine() {
   TORCH_CHECK(engine_, "this session is closed");
+  require_owner();
+  return *engine_;
+}
+
+void Session::require_owner() const {
   TORCH_CHECK(::getpid() == owner_, "checkpoints are saved by process ", owner_,
               ", which this one was forked from; a forked child cannot save through it");
-  return *engine_;
 }
 
 ManualCopier& Session::manual_copier() {
@@ -281,7 +286,7 @@ std::vector<std::string> Session::set_aside_after(uint64_t step) {
   engine();
   if (run_) return run_->set_aside_after(step);
   const pybind11::gil_scoped_release release;
-  return monitor_->set_aside_after(step);
+  return monitor_->set_aside_after(step, look_for_signals);
 }
 
 void Session::keep(std::set<uint64_t> steps) {
@@ -309,7 +314,8 @@ std::optional<std::string> Session::close() {
   std::optional<std::string> complaint;
   {
     const pybind11::gil_scoped_release release;
-    if (monitor_ != nullptr) complaint = std::exchange(monitor_, nullptr)->close();
+    if (monitor_ != nullptr) complaint = monitor_->close(look_for_signals);
+    monitor_ = nullptr;
     engine_.reset();
   }
   tickets_.clear();

@@ -140,6 +140,7 @@ class Session {
 
  private:
   void open(const std::function<void()>& interrupted);
+  void require_owner() const;
 
   const std::string path_;
   SessionOptions options_;

@@ -10,9 +10,10 @@
 #include "cpp/monitor_process.h"
 
 int main(int argc, char** argv) {
-  // What tells a whole job to end is not for the one who has yet to save it: the monitor ends when
-  // its trainer has.
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE}) ::signal(signal, SIG_IGN);
+  // What tells a whole job to end, or warns it that its time is running out, is not for the one who
+  // has yet to save it: the monitor ends when its trainer has.
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGUSR1, SIGUSR2, SIGXCPU})
+    ::signal(signal, SIG_IGN);
   if (::fcntl(pccheck::kMonitorSocket, F_GETFD) < 0) {
     std::fprintf(stderr, "%s is started by pccheck_ext (use_monitor=True), not by hand\n", argv[0]);
     return 2;
