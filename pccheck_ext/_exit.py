@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import atexit
-import os
+import ctypes
 import sys
 import weakref
 from typing import Protocol
 
 from pccheck_ext import _C
 
-__all__ = ["drain_at_exit", "forget", "remember"]
+__all__ = ["drain_at_exit", "forget", "never_destroy", "remember"]
 
 
 class Drainable(Protocol):
-    def shutdown(self) -> None: ...
+    exit_timeout_s: float | None
+    """How long the exit waits for it; None: as long as it takes."""
+
+    def shutdown(self, timeout_s: float | None = None) -> None:
+        """In a forked child, which has it from its parent, this does nothing."""
 
 
-_open: weakref.WeakSet[Drainable] = weakref.WeakSet()
-_owner = os.getpid()
+_open: weakref.WeakKeyDictionary[Drainable, None] = weakref.WeakKeyDictionary()
 
 
-def remember(trainer: Drainable) -> None:
-    """`trainer.shutdown()` is called at exit unless `forget` or the collector comes first."""
-    _open.add(trainer)
+def remember(one: Drainable) -> None:
+    """`one.shutdown()` is called at exit unless `forget` or the collector comes first."""
+    _open[one] = None
 
 
-def forget(trainer: Drainable) -> None:
-    _open.discard(trainer)
+def forget(one: Drainable) -> None:
+    _open.pop(one, None)
+
+
+def never_destroy(session: object) -> None:
+    """Its destructor would wait, without end, for what a disk that hangs does not finish.
+
+    So it is left to the process's end, which waits for no thread of the engine's.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 def drain_at_exit() -> None:
@@ -35,11 +46,9 @@ def drain_at_exit() -> None:
 
 
 def _drain() -> None:
-    if os.getpid() != _owner:
-        return  # a forked child: the parent's saves are not its business
-    for trainer in list(_open):
+    for one in reversed(list(_open)):  # a scheduler before the adapter that it hands layers to
         try:
-            trainer.shutdown()
+            one.shutdown(one.exit_timeout_s)
         except Exception as error:  # the interpreter is ending: tell, and go on with the next
             print(f"pccheck_ext: at exit: {error}", file=sys.stderr)
     for failure in _C.close_chunks():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -55,6 +55,7 @@ class Flight:
         self._dropped: list[Ticket] = []  # given up, and perhaps not cleared away yet
         self._origin = 0  # the step that training goes on from
         self._first_save = True
+        self._committed_before = 0  # how many of the session's were when it went on from there
 
     @property
     def is_idle(self) -> bool:
@@ -68,10 +69,23 @@ class Flight:
         """How many are in flight at this moment."""
         return sum(ticket.in_flight() for ticket in self._in_flight)
 
+    def still_in_flight(self, timeout_s: float | None) -> str:
+        """What a TimeoutError says."""
+        names = [ticket.name for ticket in self._in_flight if ticket.in_flight()]
+        return f"still in flight after {timeout_s} s: {', '.join(names)} ({self.session.path})"
+
     def restart_from(self, step: int) -> None:
         """Training goes on from there: later checkpoints are set aside when one is begun."""
         self._origin = step
         self._first_save = True
+        self._committed_before = int(self.session.stats()["checkpoints_committed"])
+
+    def newest(self, stats: Mapping[str, int | float], which: str) -> int:
+        """The newest saved step: the session's, by `stats`, or that which training went on from."""
+        is_new = stats["checkpoints_committed"] > self._committed_before
+        if is_new or stats[which] > stats["last_committed_step"]:
+            return int(stats[which])
+        return self._origin
 
     # -- a checkpoint's life -----------------------------------------------------------------------
 
@@ -128,13 +142,16 @@ class Flight:
 
     def give_up(self, begun: Begun, reason: str) -> None:
         """Drop a checkpoint that cannot be finished; whoever calls tells, if it has to be told."""
-        begun.ticket.abandon(reason)
-        begun.ticket.open_all_gates()
+        self.give_up_ticket(begun.ticket, reason)
+
+    def give_up_ticket(self, ticket: Ticket, reason: str) -> None:
+        ticket.abandon(reason)
+        ticket.open_all_gates()
         self.given_up += 1
-        self._dropped.append(begun.ticket)
-        self._in_flight = [ticket for ticket in self._in_flight if ticket is not begun.ticket]
-        self.gated = [other for other in self.gated if other is not begun]
-        self.ended(begun.ticket)
+        self._dropped.append(ticket)
+        self._in_flight = [other for other in self._in_flight if other is not ticket]
+        self.gated = [begun for begun in self.gated if begun.ticket is not ticket]
+        self.ended(ticket)
 
     # -- gates -------------------------------------------------------------------------------------
 

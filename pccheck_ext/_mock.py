@@ -89,6 +89,8 @@ class MockTicket:
         addition: _C.Layout | None = None,
         tensors: Sequence[torch.Tensor] = (),
     ) -> None:
+        if not self.in_flight():
+            return  # as a checkpoint that has failed: it stays failed
         if addition is not None:
             self.add(addition, tensors)
         self._record.manifest = manifest

@@ -68,6 +68,14 @@ def run_directory(metadata_dir: str | os.PathLike[str]) -> str:
     """The run's directory; its ``metadata`` child, which older code names, stands for it."""
     path = os.fspath(metadata_dir)
     head, tail = os.path.split(path.rstrip("/"))
-    if tail == "metadata" and not os.path.isdir(path):
+    if tail == "metadata" and not _is_run(path):
         return head or "."
     return path
+
+
+def _is_run(path: str) -> bool:
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return ".lock" in names or any(os.path.lexists(f"{path}/{n}/checksums.bin") for n in names)

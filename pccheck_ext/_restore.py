@@ -16,7 +16,7 @@ from torch import nn
 from pccheck_ext import _C, _codec, _plan, _progress
 from pccheck_ext._names import check_id, is_id, old_step_of, step_id, step_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
-from pccheck_ext.layers import ROOT_LAYER, unwrap
+from pccheck_ext.layers import ROOT_LAYER, group_parameters_by_layer, plain_name, unwrap
 
 __all__ = ["Restored", "checkpoint_ids", "newest_first", "open_checkpoint", "restore_model"]
 
@@ -60,6 +60,19 @@ class Stored:
     @property
     def step(self) -> int:
         return self.reader.step
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether `PCCheckAdapter` saved it alone, which knows layers but not tensors' names."""
+        return self.manifest.get("positional") is True
+
+    def require_whole_state(self) -> None:
+        """CheckpointMismatch where there is less than it takes to go on training."""
+        if self.is_positional:
+            raise CheckpointMismatch(
+                f"{self.path} was saved without a trainer: it holds layers, but no optimizer or "
+                "other state to go on from; load the model with ModelRecovery"
+            )
 
     def _checked(self, manifest: Any) -> dict[str, Any]:
         if not isinstance(manifest, dict) or manifest.get("format") != "pccheck":
@@ -247,6 +260,8 @@ def restore_model(
     pairs: list[tuple[StoredTensor, torch.Tensor]] = []
     missing: list[str] = []
     differing: list[str] = []
+    if stored.is_positional:
+        in_file, differing = _by_position(stored, model, tensors)
     read: set[tuple[Any, ...]] = set()  # tied tensors are read once
     extra_states: dict[str, torch.Tensor] = {}
     is_computed = _plan.is_computed(model)
@@ -281,8 +296,9 @@ def restore_model(
     if strict:
         problems += [f"{name} is not in the checkpoint" for name in missing]
         problems += [f"{name} is not in the model" for name in unexpected]
-    if not pairs and not problems and (tensors or in_file) and layer is None:
-        problems.append("they have no tensor in common")
+    if not pairs and not problems and (tensors or in_file):
+        of = "" if layer is None else f" of layer {layer!r}"
+        problems.append(f"they have no tensor{of} in common")
     if problems:
         raise CheckpointMismatch(
             f"{stored.path} does not fit the model, which is unchanged: "
@@ -290,6 +306,39 @@ def restore_model(
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         )
     return Restored(pairs, _layers_of(model, missing), extra_states, computed)
+
+
+def _by_position(
+    stored: Stored, model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """What is known by layer and position, under the model's own names; and what does not fit.
+
+    A layer's tensors are the parameters that `group_parameters_by_layer` finds for it, or, where it
+    groups them otherwise, all those of the module of that name.
+    """
+    grouped = group_parameters_by_layer(model)
+    modules = {plain_name(name): module for name, module in unwrap(model).named_modules()}
+    of_layer: dict[str, list[StoredTensor]] = {}
+    for one in stored.tensors.values():
+        of_layer.setdefault(one.layer, []).append(one)
+    of_parameter: dict[torch.Tensor, StoredTensor] = {}
+    found: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for layer, entries in of_layer.items():
+        parameters = grouped.get(layer)
+        if parameters is None and layer in modules:
+            parameters = [*modules[layer].parameters()]
+        if parameters is None:
+            found.update((f"tensor {i} of layer {layer!r}", one) for i, one in enumerate(entries))
+        elif len(parameters) != len(entries):
+            problems.append(
+                f"layer {layer!r} has {len(entries)} tensors in the checkpoint, {len(parameters)} "
+                "parameters in the model"
+            )
+        else:
+            of_parameter.update(zip(parameters, entries, strict=True))
+    found.update((name, of_parameter[t]) for name, t in tensors.items() if t in of_parameter)
+    return found, problems
 
 
 def _layers_of(model: nn.Module, tensor_names: Iterable[str]) -> list[str]:
@@ -310,7 +359,7 @@ def restore_extra_state(
     """Hand modules what they returned from ``get_extra_state``, or added to the state_dict."""
     if restored.computed:
         unwrap(model).load_state_dict(restored.computed, strict=False)
-    values = decoded(stored.manifest["model"], extra, "model")
+    values = decoded(stored.manifest.get("model", {}), extra, "model")
     modules = _plan.extra_state_modules(model)
     for key, value in {**values, **restored.extra_states}.items():
         if key in modules:

@@ -31,6 +31,8 @@ from pccheck_ext.scheduler import LayerwiseCheckpointScheduler
 
 __all__ = ["StepSaver"]
 
+_UNFINISHED = "the optimizer's step did not end"  # it raised, where the loop took it by itself
+
 
 @dataclass
 class _AtStep:
@@ -126,9 +128,10 @@ class StepSaver:
         self.stall_s = 0.0
         self.steps_saved = 0
         self._due = False  # whether the step that is being taken is to be saved
-        self._last_begun = clock()
+        self._last_begun = self._begun_at = clock()
         self._plan: SavePlan | None = None
         self._whole_plan: SavePlan | None = None
+        self._whole_chunks = 0  # of that plan
         self._extra_planner = _plan.ExtraPlanner(adapter.block_bytes)
         self._begun: Begun | None = None  # this step's, between before_step and after_step
         self._pending: tuple[Begun, _AtStep] | None = None  # taken, not sealed
@@ -142,7 +145,7 @@ class StepSaver:
         )
         self.graph_builder: DependencyGraphBuilder | None = None
         self._order = order
-        adapter.bind(self._save_whole)
+        adapter.bind(self._save_whole, self._unsealed)
 
     # -- StepObserver ------------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ class StepSaver:
         start = time.perf_counter()
         try:
             if self._begun is not None:
-                self._abandon_begun("the optimizer's step did not end")
+                self._abandon_begun(_UNFINISHED)
             if self.flight.monitor_has_died:
                 self.seal()
                 self.flight.survive_monitor()
@@ -251,6 +254,7 @@ class StepSaver:
                 raise RuntimeError("the set of tensors changes while it is being read")
         self.steps_saved += 1
         self.last_saved = self.step
+        self._last_begun = self._begun_at  # not where the step was voided: the next is due then
 
     def _complete(self, begun: Begun) -> bool:
         """Hand over what is left and read what belongs to the step. False: the plan is outdated."""
@@ -270,6 +274,8 @@ class StepSaver:
 
     def _begin_planned_now(self, name: str, *, whole: bool, chunk_count: int = 1) -> Begun | None:
         plan = self._whole_plan if whole else self._plan
+        if whole and chunk_count != self._whole_chunks:
+            plan = None
         self._arrival.watch(self.optimizer.layers)
         if plan is None or not plan.still_fits(self.optimizer) or not plan.has_all_tensors():
             self._listed = self.optimizer.layers
@@ -283,7 +289,7 @@ class StepSaver:
                 chunk_count=chunk_count,
             )
             if whole:
-                self._whole_plan = plan
+                self._whole_plan, self._whole_chunks = plan, chunk_count
             else:
                 self._plan = plan
         return self._begin(name, self.step, plan)
@@ -293,7 +299,7 @@ class StepSaver:
     ) -> Begun | None:
         begun = self.flight.begin(name, step, plan, during_update=during_update)
         if begun is not None:
-            self._last_begun = self.clock()
+            self._begun_at = self.clock()
             self.adapter.hand_over_to(begun)
         return begun
 
@@ -392,7 +398,7 @@ class StepSaver:
         return {
             "config": self.config,
             "progress": at_step.progress,
-            "metrics": at_step.metrics,
+            "metrics": _codec.encode(at_step.metrics, "metrics", tensors),
             "optimizer": {
                 "type": type(self.optimizer.base_optimizer).__qualname__,
                 "param_groups": _codec.encode(groups, "optimizer.param_groups", tensors),
@@ -407,8 +413,11 @@ class StepSaver:
             "layers": begun.plan.static_manifest["layers"],
         }
 
-    def _save_whole(self, name: str, chunk_count: int) -> int:
+    def _save_whole(self, name: str, step: int, chunk_count: int) -> int:
         """Save everything as it is now under `name`, sealed at once; its size in bytes."""
+        if step != self.step:
+            raise ValueError(f"training_step {step} is to be saved, but the state is {self.step}'s")
+        self._abandon_begun(_UNFINISHED)
         self.raise_failures()
         self.seal()
         self._settle_order()
@@ -486,13 +495,17 @@ class StepSaver:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Seal, and wait for what is in flight. False when the time has passed first."""
+        self._abandon_begun(_UNFINISHED)  # or it would be waited for for ever
         self.seal()
         return self.flight.wait(timeout_s)
 
     def wait_sealed(self) -> None:
         """Wait for what is in flight, but for the step that was taken last if it is not sealed."""
-        pending = self._pending[0].ticket if self._pending is not None else None
-        self.flight.wait(but=pending)
+        self.flight.wait(but=self._unsealed())
+
+    def _unsealed(self) -> Ticket | None:
+        begun = self._begun if self._pending is None else self._pending[0]
+        return begun.ticket if begun is not None else None
 
     def gradient_arrived(self) -> None:
         """The next backward pass is under way: the loop has done what belongs to the step.

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["Sigterm"]
 
@@ -24,16 +24,21 @@ EXIT_STATUS = 128 + signal.SIGTERM
 class Sigterm:
     """`lost()` says, for a person to read, what would be lost if the process ended now."""
 
-    def __init__(self, deadline_s: float, lost: Callable[[], str]) -> None:
+    @staticmethod
+    def check_thread() -> None:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError(
                 "sigterm_deadline_s needs a trainer that is made on the main thread: Python "
                 "handles signals there"
             )
+
+    def __init__(self, deadline_s: float, lost: Callable[[], str]) -> None:
+        self.check_thread()
         self.deadline_s = deadline_s
         self._lost = lost
         self._received_at: float | None = None
         self._over = threading.Event()
+        self._ending = threading.Lock()
         self._owner = os.getpid()
         self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
 
@@ -58,16 +63,27 @@ class Sigterm:
         threading.Thread(target=self._watch, name="pccheck-sigterm", daemon=True).start()
 
     def _watch(self) -> None:
-        if self._over.wait(self.left_s):
-            return
-        print(
-            f"pccheck_ext: SIGTERM's deadline of {self.deadline_s:g} s has passed: {self._lost()}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_STATUS)
+        if not self._over.wait(self.left_s):
+            self.deadline_has_passed()
 
-    def end(self) -> None:
+    def deadline_has_passed(self) -> NoReturn:
+        """End the process at once, from any thread."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # another thread is at it
+        try:
+            lost = self._lost()
+        except Exception as error:  # the other threads go on: their trainer may be closed by now
+            lost = f"what is lost cannot be told: {error}"
+        try:
+            print(
+                f"pccheck_ext: SIGTERM's deadline of {self.deadline_s:g} s has passed: {lost}",
+                file=sys.stderr,
+                flush=True,
+            )
+        finally:
+            os._exit(EXIT_STATUS)
+
+    def end(self) -> NoReturn:
         """End the process, from the main thread, with what has been saved."""
         self._over.set()
         print(f"pccheck_ext: ended by SIGTERM: {self._lost()}", file=sys.stderr, flush=True)

@@ -7,8 +7,12 @@ In a trainer it is handed the layers of the step that has been begun. Alone it i
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +29,11 @@ __all__ = ["PCCheckAdapter"]
 _MIB = 1 << 20
 _MONITOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pccheck-monitor")
 
-SaveWhole = Callable[[str, int], int]
-"""Saves the whole state under a name in so many chunks; returns its size in bytes."""
+SaveWhole = Callable[[str, int, int], int]
+"""Saves the whole state of a step under a name in so many chunks; returns its size in bytes.
+
+ValueError where the state is that of another step.
+"""
 
 
 class PCCheckAdapter:
@@ -58,7 +65,12 @@ class PCCheckAdapter:
         ValueError, TypeError: an argument that cannot be; nothing has been written then.
         OSError: the directory cannot be made or locked.
         CheckpointError: another process holds the directory.
+
+    Alone, it may be called from several threads, such as a scheduler's handler and the loop.
     """
+
+    exit_timeout_s: float | None = None
+    _last_stats: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -109,7 +121,9 @@ class PCCheckAdapter:
         self.verbose = verbose
         # Wherever the process goes later.
         self.directory = os.path.abspath(checkpoint_dir or _names.directory_of(checkpoint_file))
-        self.metadata = CheckpointMetadataManager(self.directory, self.directory)
+        self.metadata = CheckpointMetadataManager(
+            self.directory, self.directory, directory=self.directory
+        )
         self._owner = os.getpid()
         if self.mode == "mock":
             self.session: Session = MockSession(self.directory)
@@ -133,7 +147,9 @@ class PCCheckAdapter:
             except RuntimeError as error:
                 raise CheckpointError(str(error)) from None
         self.flight = Flight(self.session, on_error=on_error, on_monitor_death=on_monitor_death)
+        self._lock = threading.RLock()  # guards flight and session where there is no trainer
         self._save_whole: SaveWhole | None = None
+        self._unsealed: Callable[[], Ticket | None] = lambda: self._loose.ticket
         self._current: Begun | None = None  # a trainer's, whose layers are being handed over
         self._loose = _LooseLayers(self)
         _exit.remember(self)
@@ -159,8 +175,11 @@ class PCCheckAdapter:
         Raises ValueError for a layer that this step has already, CheckpointError for what failed.
         """
         begun = self._current
+        if begun is None and self._save_whole is not None:
+            raise RuntimeError("no step of the trainer's is being saved that layers could be of")
         if begun is None:
-            return self._loose.save(tasks)
+            with self._locked():
+                return self._loose.save(tasks)
         size = 0
         for task in tasks:
             index = begun.plan.index[task.layer_name]
@@ -170,7 +189,8 @@ class PCCheckAdapter:
 
     def finish_step(self) -> None:
         """Alone: seal the checkpoint of the step whose layers came last."""
-        self._loose.seal()
+        with self._locked():
+            self._loose.seal()
 
     def allocate_staging_buffer(self, size_mb: float = 500.0) -> None:
         """Staging memory on the device, so that a layer may change before it has left it.
@@ -194,10 +214,12 @@ class PCCheckAdapter:
         """Save the whole state under a name, in `chunk_count` ranges written in parallel.
 
         ``"auto"`` chooses by the state's size and the bandwidth seen so far. The state is the
-        trainer's, or, alone, the newest layers that came by `save_layers_batch`. The bytes are the
-        same for every count. Returns ``{"checkpoint_id", "chunks", "bytes"}`` when the save is on
-        its way. Raises ValueError for a name that cannot be or is there already, or for another
-        step than that of the state.
+        trainer's, or, alone, the newest layers that came by `save_layers_batch`: their tensors are
+        kept for it, and read as they are now. The bytes are the same for every count.
+
+        Returns ``{"checkpoint_id", "chunks", "bytes"}`` when the save is on its way. Raises
+        ValueError for a name that cannot be or is there already, or for another step than that of
+        the state.
         """
         _names.check_id(checkpoint_id)
         _whole_number("training_step", training_step, 0)
@@ -208,15 +230,21 @@ class PCCheckAdapter:
                 f"checkpoint_id {checkpoint_id!r} names another step than {training_step}, "
                 "the one to be saved"
             )
-        if self.mode != "mock" and os.path.lexists(os.path.join(self.directory, checkpoint_id)):
+        if self._is_there(checkpoint_id):
             raise ValueError(
                 f"checkpoint_id {checkpoint_id!r} is there already in {self.directory}; "
                 "choose another name or remove it first"
             )
-        save = self._save_whole or self._loose.save_whole(training_step)
-        chunks = self._chunks(chunk_count)
-        size = save(checkpoint_id, chunks)
+        with self._locked():
+            chunks = self._chunks(chunk_count)
+            save = self._save_whole or self._loose.save_whole
+            size = save(checkpoint_id, training_step, chunks)
         return {"checkpoint_id": checkpoint_id, "chunks": chunks, "bytes": size}
+
+    def _is_there(self, checkpoint_id: str) -> bool:
+        if self.mode == "mock":
+            return any(c.checkpoint_id == checkpoint_id and c.committed for c in self.recorded)
+        return os.path.lexists(os.path.join(self.directory, checkpoint_id))
 
     def _chunks(self, chunk_count: int | str) -> int:
         if isinstance(chunk_count, int):
@@ -229,9 +257,13 @@ class PCCheckAdapter:
 
     # -- for a trainer -----------------------------------------------------------------------------
 
-    def bind(self, save_whole: SaveWhole) -> None:
-        """Whose state `save_entire_checkpoint_in_chunks` saves from now on."""
+    def bind(self, save_whole: SaveWhole, unsealed: Callable[[], Ticket | None]) -> None:
+        """Whose state `save_entire_checkpoint_in_chunks` saves from now on.
+
+        `unsealed` tells which checkpoint `wait` need not wait for: it is not sealed yet.
+        """
         self._save_whole = save_whole
+        self._unsealed = unsealed
 
     def hand_over_to(self, begun: Begun | None) -> None:
         """Which checkpoint the layers of `save_layers_batch` are of, from now on."""
@@ -240,31 +272,87 @@ class PCCheckAdapter:
     # -- the end -----------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        return dict(self.session.stats())
+        if self._last_stats is None:
+            return dict(self.session.stats())
+        return dict(self._last_stats)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when everything sealed is committed. Raises CheckpointError, TimeoutError."""
-        if not self.flight.wait(timeout_s):
-            raise TimeoutError(f"checkpoints were still in flight after {timeout_s} s")
-        self.flight.raise_failures()
+        """Return when everything sealed is committed.
 
-    def shutdown(self) -> None:
+        Raises CheckpointError for what failed, TimeoutError, naming what is still in flight, when
+        `timeout_s` seconds have passed first (None: waits on).
+        """
+        if not self.flight.wait(timeout_s, but=self._unsealed()):
+            raise TimeoutError(self.flight.still_in_flight(timeout_s))
+        with self._locked():
+            self.flight.raise_failures()
+
+    def shutdown(self, timeout_s: float | None = None) -> None:
         """Finish every save, or tell which failed, and let go of the directory. Again: no effect.
 
-        In a forked child this does nothing: the saves are the parent's.
+        Raises CheckpointError for what failed, TimeoutError, naming what is still in flight, when
+        `timeout_s` seconds have passed first (None: waits on). Then everything goes on, and it may
+        be called again; the end of the process waits no longer for it, but says what is lost. In a
+        forked child this does nothing: the saves are the parent's.
         """
         if os.getpid() != self._owner or not self.session.is_open:
             return
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._locked(timeout_s):
+            try:
+                self._loose.seal()
+                self.wait(None if until is None else max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                self.do_not_wait_at_exit()
+                raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
+            except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
+                self._close()
+                raise
+            self._close()
+
+    def do_not_wait_at_exit(self) -> None:
+        """Nor when this is dropped: it has been waited for in vain."""
+        if self.exit_timeout_s is None and isinstance(self.session, _C.Session):
+            _exit.never_destroy(self.session)
+        self.exit_timeout_s = 0.0
+
+    def _close(self) -> None:
+        _exit.forget(self)
+        self._last_stats = dict(self.session.stats())
+        complaint = self.session.close()
+        if complaint:
+            warnings.warn(
+                f"clearing up after checkpoints: {complaint}", RuntimeWarning, stacklevel=3
+            )
+
+    @contextmanager
+    def _locked(self, timeout_s: float | None = None) -> Iterator[None]:
+        if not self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            self.do_not_wait_at_exit()
+            raise TimeoutError(self.flight.still_in_flight(timeout_s))
         try:
-            self._loose.seal()
-            self.wait()
+            yield
         finally:
-            _exit.forget(self)
-            complaint = self.session.close()
-            if complaint:
-                warnings.warn(
-                    f"clearing up after checkpoints: {complaint}", RuntimeWarning, stacklevel=2
-                )
+            self._lock.release()
+
+    def __del__(self) -> None:
+        session = getattr(self, "session", None)
+        if session is None or not session.is_open or os.getpid() != self._owner:
+            return
+        if getattr(self, "_save_whole", None) is not None or self.mode == "mock":
+            return  # a trainer's, which does this itself
+        if sys.is_finalizing():
+            return  # as has been told
+        warnings.warn(
+            f"an adapter over {self.directory} was dropped without shutdown(); its saves are being "
+            "finished now",
+            ResourceWarning,
+            stacklevel=2,
+        )
+        try:
+            self.shutdown(self.exit_timeout_s)
+        except Exception as error:  # nobody could catch it: tell
+            print(f"pccheck_ext: {error}", file=sys.stderr)
 
 
 class _LooseLayers:
@@ -273,7 +361,7 @@ class _LooseLayers:
     def __init__(self, adapter: PCCheckAdapter) -> None:
         self._adapter = adapter
         self._step: int | None = None
-        self._ticket: Ticket | None = None
+        self.ticket: Ticket | None = None  # not sealed yet
         self._layers: dict[str, dict[str, Any]] = {}  # the manifest's entries
         self._files = 0
         self._newest: dict[str, SaveTask] = {}
@@ -292,30 +380,38 @@ class _LooseLayers:
 
     def _begin(self, step: int) -> None:
         plan = _plan.BarePlan([], _C.Layout([], 0, self._adapter.block_bytes), [])
-        self._ticket = self._adapter.flight.begin_ticket(_names.step_id(step), step, plan)
+        self.ticket = self._adapter.flight.begin_ticket(_names.step_id(step), step, plan)
         self._step, self._layers, self._files = step, {}, 0
 
     def _add(self, tasks: Sequence[SaveTask]) -> int:
+        names = set(self._layers)
         for task in tasks:
-            if task.layer_name in self._layers:
+            if task.layer_name in names:
                 raise ValueError(
                     f"step {task.training_step} has a layer {task.layer_name!r} already"
                 )
-        self._newest.update((task.layer_name, task) for task in tasks)
-        if self._ticket is None:
-            return 0  # it could not be begun, which was told
+            names.add(task.layer_name)
+        ticket = self.ticket
+        if ticket is None:
+            return 0  # it could not be begun, or was given up, which was told
+        try:
+            tensors = _named(tasks)
+            file = f"model-{self._files + 1:05d}.safetensors"
+            layout, described = _plan.plan_loose(file, tensors, self._adapter.block_bytes)
+            layer = ticket.add(layout, [*tensors.values()])
+        except BaseException as error:
+            self.ticket = None  # nobody shall take what lacks these layers for the step's state
+            self._adapter.flight.give_up_ticket(ticket, f"{type(error).__name__}: {error}")
+            raise
         self._files += 1
-        tensors = _named(tasks)
-        file = f"model-{self._files:05d}.safetensors"
-        layout, described = _plan.plan_loose(file, tensors, self._adapter.block_bytes)
-        layer = self._ticket.add(layout, [*tensors.values()])
         self._layers.update(_entries(tasks, described))
-        self._ticket.wait_layer_staged(layer)
-        self._ticket.open_gate(layer)
+        self._newest.update((task.layer_name, task) for task in tasks)
+        ticket.wait_layer_staged(layer)
+        ticket.open_gate(layer)
         return sum(entry["bytes"] for entry in described)
 
     def seal(self) -> None:
-        ticket, self._ticket = self._ticket, None
+        ticket, self.ticket = self.ticket, None
         self._step = None
         if ticket is not None:
             ticket.seal(self._manifest(ticket, self._layers))
@@ -335,29 +431,30 @@ class _LooseLayers:
         )
         return self._adapter.metadata.to_bytes(manifest)
 
-    def save_whole(self, training_step: int) -> SaveWhole:
-        steps = {task.training_step for task in self._newest.values()}
+    def save_whole(self, name: str, training_step: int, chunks: int) -> int:
+        adapter, tasks = self._adapter, [*self._newest.values()]
+        steps = {task.training_step for task in tasks}
         if steps != {training_step}:
             has = f"those of steps {sorted(steps)}" if steps else "none"
             raise ValueError(
                 f"there is no whole state of step {training_step} to be saved: of the layers that "
                 f"came by save_layers_batch, the newest are {has}"
             )
-        return self._save_whole
-
-    def _save_whole(self, name: str, chunks: int) -> int:
-        adapter, tasks = self._adapter, [*self._newest.values()]
         adapter.flight.raise_failures()
         self.seal()
         tensors = _named(tasks)
         file = _plan.MODEL_FILE
         layout, described = _plan.plan_loose(file, tensors, adapter.block_bytes, chunks)
         plan = _plan.BarePlan(["(state)"], layout, [])
-        ticket = adapter.flight.begin_ticket(name, tasks[0].training_step, plan)
+        ticket = adapter.flight.begin_ticket(name, training_step, plan)
         if ticket is None:
             return 0
-        ticket.hand_over(0, [*tensors.values()])
-        ticket.seal(self._manifest(ticket, _entries(tasks, described)))
+        try:
+            ticket.hand_over(0, [*tensors.values()])
+            ticket.seal(self._manifest(ticket, _entries(tasks, described)))
+        except BaseException as error:
+            adapter.flight.give_up_ticket(ticket, f"{type(error).__name__}: {error}")
+            raise
         ticket.open_all_gates()
         return layout.total_bytes
 

@@ -11,11 +11,11 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from pccheck_ext import _codec, _names, _restore
+from pccheck_ext import _codec, _names, _plan, _restore
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointNotFound
 
 __all__ = ["CheckpointMetadataManager"]
@@ -23,6 +23,16 @@ __all__ = ["CheckpointMetadataManager"]
 MANIFEST_VERSION = 1
 
 _RECORDS = ".layers.jsonl"
+_FIELDS = (
+    "checkpoint_id",
+    "training_step",
+    "offset_in_file",
+    "size_bytes",
+    "param_count",
+    "shapes",
+    "dtypes",
+    "timestamp",
+)
 
 
 class CheckpointMetadataManager:
@@ -31,18 +41,27 @@ class CheckpointMetadataManager:
     `checkpoint_file` names the run's directory (a suffix such as ``.chk`` is dropped), or the file
     that recorded layers lie in. `metadata_dir` is where `record_layer_save` writes; a run's
     directory, or its ``metadata`` child, may stand for both. Checkpoints are known by their ids;
-    ``step_100`` finds ``step-00000100`` too.
+    ``step_100`` finds ``step-00000100`` too. `directory` is the run's, where it is known.
     """
 
     def __init__(
         self,
         checkpoint_file: str | os.PathLike[str],
         metadata_dir: str | os.PathLike[str] = "./metadata",
+        *,
+        directory: str | None = None,
     ) -> None:
         self.checkpoint_file = os.fspath(checkpoint_file)
         self.metadata_dir = os.fspath(metadata_dir)
+        self._directory = directory
+
+    @property
+    def directory(self) -> str:
+        """The run's; looked for anew each time, as it may not have been there before."""
+        if self._directory is not None:
+            return self._directory
         named = _names.directory_of(self.checkpoint_file)
-        self.directory = named if os.path.isdir(named) else _names.run_directory(metadata_dir)
+        return named if os.path.isdir(named) else _names.run_directory(self.metadata_dir)
 
     # -- records of one's own ----------------------------------------------------------------------
 
@@ -59,7 +78,8 @@ class CheckpointMetadataManager:
         """Record that a layer lies at `offset` of `checkpoint_file`, `size_bytes` long.
 
         Kept in ``<metadata_dir>/step_<training_step>.layers.jsonl``; the later of two records of a
-        layer counts. Raises ValueError for what cannot be, OSError naming the path.
+        layer counts. What a crash left of a record is removed by the next. Not synced to the disk.
+        Raises ValueError for what cannot be, OSError naming the path.
         """
         for name, value in (
             ("training_step", training_step),
@@ -71,6 +91,9 @@ class CheckpointMetadataManager:
                 raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
         if len(shapes) != len(dtypes):
             raise ValueError(f"{len(shapes)} shapes, but {len(dtypes)} dtypes, of {layer_name!r}")
+        extents = [[int(extent) for extent in shape] for shape in shapes]
+        if any(extent < 0 for shape in extents for extent in shape):
+            raise ValueError(f"shapes of {layer_name!r} cannot have negative extents: {extents}")
         checkpoint_id = f"step_{training_step}"
         entry = {
             "layer_name": str(layer_name),
@@ -79,13 +102,14 @@ class CheckpointMetadataManager:
             "offset_in_file": offset,
             "size_bytes": size_bytes,
             "param_count": param_count,
-            "shapes": [[int(extent) for extent in shape] for shape in shapes],
+            "shapes": extents,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
             "timestamp": time.time(),
         }
         os.makedirs(self.metadata_dir, exist_ok=True)
         line = json.dumps(entry) + "\n"
-        with open(self._records(checkpoint_id), "ab") as file:
+        with open(self._records(checkpoint_id), "ab+") as file:
+            _drop_torn_line(file)
             file.write(line.encode())
 
     def _records(self, checkpoint_id: str) -> str:
@@ -101,8 +125,8 @@ class CheckpointMetadataManager:
         for number, line in enumerate(lines[:-1], 1):  # what ends without a newline was torn
             try:
                 entry = json.loads(line)
-                layers[entry.pop("layer_name")] = entry
-            except (ValueError, KeyError, AttributeError) as error:
+                layers[entry["layer_name"]] = {field: entry[field] for field in _FIELDS}
+            except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointCorrupt(
                     f"{self._records(checkpoint_id)}, line {number}, is no record of a layer: "
                     f"{error!r}"
@@ -128,8 +152,9 @@ class CheckpointMetadataManager:
         ``param_count``, ``shapes``, ``dtypes``, ``timestamp`` (s since 1970), and of checkpoints of
         the engine's ``tensors``, each with ``file``, ``name``, ``offset``, ``bytes``, and
         ``checksums``, the CRC32C of each block that the layer has a part in, by file. Raises
-        CheckpointNotFound, CheckpointCorrupt.
+        CheckpointNotFound, CheckpointCorrupt, and ValueError for what cannot be an id.
         """
+        _names.check_id(checkpoint_id)
         recorded = self._recorded(checkpoint_id)
         found = _restore.find_id(self.directory, checkpoint_id)
         if found is None and recorded is not None:
@@ -159,9 +184,11 @@ class CheckpointMetadataManager:
             blocks: dict[str, set[int]] = {}
             for tensor in tensors:
                 first = tensor["offset"] // block_bytes
-                last = (tensor["offset"] + max(tensor["bytes"], 1) - 1) // block_bytes
-                blocks.setdefault(tensor["file"], set()).update(range(first, last + 1))
-            own = [t for t in tensors if t["file"].startswith("model")]
+                end = -(-(tensor["offset"] + tensor["bytes"]) // block_bytes)
+                of_file = blocks.setdefault(tensor["file"], set())
+                if tensor["bytes"]:  # or it has no part in any, and may stand behind the last
+                    of_file.update(range(first, end))
+            own = [t for t in tensors if _plan.is_of_model(t["file"])]
             layers[layer["name"]] = {
                 **told,
                 "offset_in_file": min((t["offset"] for t in own or tensors), default=0),
@@ -180,14 +207,16 @@ class CheckpointMetadataManager:
             "path": stored.path,
             "files": dict(stored.reader.files),
             "layers": layers,
-            **{key: manifest[key] for key in ("config", "metrics", "versions") if key in manifest},
+            "metrics": _restore.decoded(manifest.get("metrics", {}), {}, "metrics"),
+            **{key: manifest[key] for key in ("config", "versions") if key in manifest},
         }
 
     def verify_checkpoint(self, checkpoint_id: str) -> bool:
         """Whether every block matches its checksum; of records: whether the file is long enough.
 
-        Raises CheckpointNotFound.
+        Raises CheckpointNotFound, and ValueError for what cannot be an id.
         """
+        _names.check_id(checkpoint_id)
         found = _restore.find_id(self.directory, checkpoint_id)
         if found is not None:
             return _restore.verifies(self.directory, found)
@@ -233,3 +262,18 @@ class CheckpointMetadataManager:
         """
         text = _codec.dumps(dict(manifest))
         return text.ljust(-len(text) // 4096 * -4096)
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Of a file opened to append and read: what is behind its last whole line."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 4096)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)

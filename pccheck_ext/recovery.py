@@ -47,6 +47,9 @@ class ModelRecovery:
     ) -> list[str]:
         """Load parameters and buffers into `model`; returns the layers the checkpoint has not.
 
+        A layer counts that the checkpoint has not all of. What `PCCheckAdapter` saved alone has
+        parameters only, found by layer and position: layers with buffers are not all in it.
+
         Tensors keep their place, device and requires_grad. Raises CheckpointNotFound;
         CheckpointMismatch, before anything is changed, where shapes or dtypes differ, or, if
         `strict`, where either side has a tensor that the other has not; CheckpointCorrupt where a
@@ -62,7 +65,8 @@ class ModelRecovery:
     def load_layer(self, model: nn.Module, checkpoint_id: str, layer: str) -> None:
         """Load one layer's parameters and buffers, reading only the blocks they lie in.
 
-        Raises as `load_checkpoint`, and KeyError for a layer that the checkpoint has not.
+        Raises as `load_checkpoint`, also where the model has nothing of the layer, and KeyError
+        for a layer that the checkpoint has not.
         """
         stored = _restore.open_checkpoint(self.directory, checkpoint_id)
         layers = [entry["name"] for entry in stored.manifest["layers"]]

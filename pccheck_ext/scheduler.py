@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class _Pending:
     size_bytes: int = 0  # of the batches above, and of the one the handler has now
     busy: bool = False
     stop: bool = False
-    error: BaseException | None = None
+    errors: list[BaseException] = field(default_factory=list)  # not told of yet
     handler_s: float = 0.0
 
 
@@ -64,9 +65,16 @@ class LayerwiseCheckpointScheduler:
     `LayerwiseOptimizer` gives a callback do. Otherwise it runs inside `add_save_task`.
 
     At most `max_pending_mb` MiB (default: four buffers) wait for the handler; `add_save_task` waits
-    when there is more. A handler that raises is not called again with the same tasks: its error is
-    raised, as the cause of a `CheckpointError`, by the next call of any method here.
+    when there is more. A handler that raises is not called again with the same tasks, but goes on
+    with those of later layers. On a thread of its own its error is raised, as the cause of a
+    `CheckpointError`, by the next `add_save_task`, `force_flush` or `shutdown`; otherwise by the
+    call inside which it was raised, as it is.
+
+    `save_handler` may itself add layers and call `force_flush`, which does not wait then. One that
+    is dropped without `shutdown` warns of the layers that it had not handed over.
     """
+
+    exit_timeout_s: float | None = 60.0
 
     def __init__(
         self,
@@ -80,7 +88,9 @@ class LayerwiseCheckpointScheduler:
         if not callable(save_handler):
             raise TypeError(f"save_handler must be callable, got {type(save_handler).__qualname__}")
         for name, value in (("buffer_size_mb", buffer_size_mb), ("max_pending_mb", max_pending_mb)):
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1 << 40):
+            if value is None and name == "max_pending_mb":
+                continue
+            if not (isinstance(value, (int, float)) and 0 < value < 1 << 40):
                 raise ValueError(f"{name} must be a positive number of MiB, not {value!r}")
         self.save_handler = save_handler
         self.buffer_size_mb = float(buffer_size_mb)
@@ -99,6 +109,7 @@ class LayerwiseCheckpointScheduler:
         self._largest_batch_bytes = 0
         self._most_pending_seen = 0
         self._waited_s = 0.0
+        _exit.remember(self)
 
     def add_save_task(
         self, layer_name: str, training_step: int, layer_params: Sequence[Tensor]
@@ -108,7 +119,8 @@ class LayerwiseCheckpointScheduler:
         Raises TypeError for what are no tensors, CheckpointError for a handler that has failed,
         RuntimeError after `shutdown`.
         """
-        self._raise_error()
+        self._refuse_in_child()
+        self._raise_errors()
         if self._closed:
             raise RuntimeError("the scheduler was shut down and takes no more layers")
         params = list(layer_params)
@@ -118,16 +130,20 @@ class LayerwiseCheckpointScheduler:
                     f"layer_params of {layer_name!r} must be tensors, got "
                     f"{type(tensor).__qualname__}"
                 )
-        if self._tasks and self._tasks[0].training_step != training_step:
+        gathered = self._tasks
+        if gathered and gathered[0].training_step != training_step:
             self._hand_over()
         task = SaveTask(layer_name, training_step, params)
         size = task.size_bytes
-        self._tasks.append(task)
-        self._size_bytes += size
-        self._bytes_added += size
-        self._counts["tasks_added"] += 1
-        if self._size_bytes >= self._buffer_bytes:
+        with self._pending.changed:
+            self._tasks.append(task)
+            self._size_bytes += size
+            self._bytes_added += size
+            self._counts["tasks_added"] += 1
+            is_full = self._size_bytes >= self._buffer_bytes
+        if is_full:
             self._hand_over()
+        self._raise_errors()
 
     def force_flush(self, timeout_s: float | None = 60.0) -> None:
         """Hand over what there is and return when the handler is done with it.
@@ -135,24 +151,17 @@ class LayerwiseCheckpointScheduler:
         Raises TimeoutError when it is not within `timeout_s` seconds (None: waits on), after which
         the handler goes on; CheckpointError for a handler that has failed.
         """
-        self._raise_error()
-        if self._tasks:
-            self._hand_over()
+        self._refuse_in_child()
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        self._hand_over(until)
         pending = self._pending
         if threading.current_thread() is self._thread:
             return  # called by the handler: what it waits for could only come after it
-        until = None if timeout_s is None else time.monotonic() + timeout_s
         with pending.changed:
-            while (pending.batches or pending.busy) and pending.error is None:
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    tasks = sum(len(tasks) for tasks, _ in pending.batches)
-                    raise TimeoutError(
-                        f"save_handler was not done after {timeout_s} s; {tasks} layers wait "
-                        "behind the batch that it has"
-                    )
-                pending.changed.wait(left)
-        self._raise_error()
+            while pending.batches or pending.busy:
+                if not _wait(pending.changed, until):
+                    raise TimeoutError(f"save_handler was not done after {timeout_s} s; {self}")
+        self._raise_errors()
 
     def drop(self) -> None:
         """Forget the layers that have not been handed over yet: their step is not to be saved."""
@@ -167,10 +176,7 @@ class LayerwiseCheckpointScheduler:
             self.force_flush(timeout_s)
         finally:
             _exit.forget(self)
-            with self._pending.changed:
-                self._pending.stop = True
-                self._pending.changed.notify_all()
-            self._thread = None
+            _stop(self._pending)
 
     def get_statistics(self) -> dict[str, Any]:
         """Counts, bytes and seconds so far.
@@ -192,9 +198,43 @@ class LayerwiseCheckpointScheduler:
             "handler_s": handler_s,
         }
 
-    def _hand_over(self) -> None:
-        tasks, size = self._tasks, self._size_bytes
-        self._tasks, self._size_bytes = [], 0
+    def __repr__(self) -> str:
+        with self._pending.changed:
+            busy = self._pending.busy
+            waiting = sum(len(tasks) for tasks, _ in self._pending.batches)
+        return (
+            f"{type(self).__name__}: the handler {'has a batch' if busy else 'is idle'}, {waiting} "
+            f"layers wait for it, {len(self._tasks)} are being gathered"
+        )
+
+    def __del__(self) -> None:
+        tasks = getattr(self, "_tasks", ())
+        if tasks and os.getpid() == self._owner:
+            names = ", ".join(task.layer_name for task in tasks)
+            warnings.warn(
+                "a scheduler was dropped without shutdown(); these layers of step "
+                f"{tasks[0].training_step} had not been handed over and are lost: {names}",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def _hand_over(self, until: float | None = None) -> None:
+        """By `until` (None: whenever there is room); TimeoutError: nothing was handed over."""
+        with self._pending.changed:  # the handler may add layers and flush, too
+            tasks, size = self._tasks, self._size_bytes
+            self._tasks, self._size_bytes = [], 0
+        if not tasks:
+            return
+        if self.async_save:
+            there_is_room = False
+            try:
+                there_is_room = self._enqueue(tasks, size, until)
+            finally:
+                if not there_is_room:  # or interrupted
+                    with self._pending.changed:
+                        self._tasks, self._size_bytes = tasks + self._tasks, size + self._size_bytes
+            if not there_is_room:
+                raise TimeoutError(f"there was no room for another batch in time; {self}")
         self._counts["tasks_handed_over"] += len(tasks)
         self._counts["batches"] += 1
         self._largest_batch_bytes = max(self._largest_batch_bytes, size)
@@ -203,52 +243,67 @@ class LayerwiseCheckpointScheduler:
                 f"LayerwiseCheckpointScheduler: step {tasks[0].training_step}: {len(tasks)} layers,"
                 f" {size / _MIB:.2f} MiB"
             )
-        if self.async_save:
-            self._enqueue(tasks, size)
-            return
-        start = time.perf_counter()
-        try:
-            self.save_handler(tasks)
-        finally:
-            self._pending.handler_s += time.perf_counter() - start
+        if not self.async_save:
+            start = time.perf_counter()
+            try:
+                self.save_handler(tasks)
+            finally:
+                self._pending.handler_s += time.perf_counter() - start
 
-    def _enqueue(self, tasks: list[SaveTask], size: int) -> None:
-        if os.getpid() != self._owner:
-            raise RuntimeError(
-                f"layers are saved by process {self._owner}, which this one was forked from; make "
-                "a scheduler of its own"
-            )
+    def _enqueue(self, tasks: list[SaveTask], size: int, until: float | None) -> bool:
+        """False where there is no room for them by then."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_handle, args=(self.save_handler, self._pending), name="pccheck-handler"
             )
             self._thread.daemon = True  # or the exit would wait for it before it is told to end
             self._thread.start()
-            weakref.finalize(self, _stop, self._pending)
-            _exit.remember(self)
+            # Not at exit, where more may have to be handed over: shutdown() comes there.
+            weakref.finalize(self, _stop, self._pending).atexit = False
         pending = self._pending
         start = time.perf_counter()
         with pending.changed:
             own = threading.current_thread() is self._thread
-            while (
-                not own  # the handler adding tasks itself cannot wait for itself
-                and pending.error is None
-                and pending.size_bytes > 0
-                and pending.size_bytes + size > self._most_pending
-            ):
-                pending.changed.wait()
+            try:
+                while (
+                    not own  # the handler adding tasks itself cannot wait for itself
+                    and not pending.errors
+                    and pending.size_bytes > 0
+                    and pending.size_bytes + size > self._most_pending
+                ):
+                    if not _wait(pending.changed, until):
+                        return False
+            finally:
+                self._waited_s += time.perf_counter() - start
             pending.batches.append((tasks, size))
             pending.size_bytes += size
             self._most_pending_seen = max(self._most_pending_seen, pending.size_bytes)
             pending.changed.notify_all()
-        self._waited_s += time.perf_counter() - start
-        self._raise_error()
+        return True
 
-    def _raise_error(self) -> None:
+    def _refuse_in_child(self) -> None:
+        # Before any lock is asked for: the handler's thread may have held it at the fork.
+        if self.async_save and os.getpid() != self._owner:
+            raise RuntimeError(
+                f"layers are saved by process {self._owner}, which this one was forked from; make "
+                "a scheduler of its own"
+            )
+
+    def _raise_errors(self) -> None:
         with self._pending.changed:
-            error, self._pending.error = self._pending.error, None
-        if error is not None:
-            raise CheckpointError(f"save_handler failed: {error!r}") from error
+            errors, self._pending.errors = self._pending.errors, []
+        if errors:
+            more = f"; and {len(errors) - 1} batches more" if len(errors) > 1 else ""
+            raise CheckpointError(f"save_handler failed: {errors[0]!r}{more}") from errors[0]
+
+
+def _wait(changed: threading.Condition, until: float | None) -> bool:
+    """For a change; False once it is later than `until`."""
+    left = None if until is None else until - time.monotonic()
+    if left is not None and left <= 0:
+        return False
+    changed.wait(left)
+    return True
 
 
 def _handle(handler: SaveHandler, pending: _Pending) -> None:
@@ -262,18 +317,19 @@ def _handle(handler: SaveHandler, pending: _Pending) -> None:
             tasks, size = pending.batches.popleft()
             pending.busy = True
         start = time.perf_counter()
-        error = None
+        errors: list[BaseException] = []
         try:
             handler(tasks)
         except BaseException as raised:  # told by the scheduler's next method
-            error = raised
+            errors.append(raised)
         del tasks
         with pending.changed:
             pending.busy = False
             pending.size_bytes -= size
             pending.handler_s += time.perf_counter() - start
-            pending.error = pending.error or error
+            pending.errors += errors
             pending.changed.notify_all()
+        del errors
 
 
 def _stop(pending: _Pending) -> None:

@@ -27,7 +27,12 @@ from pccheck_ext._policy import Best, Interval
 from pccheck_ext._saver import StepSaver
 from pccheck_ext._sigterm import Sigterm
 from pccheck_ext.adapter import PCCheckAdapter
-from pccheck_ext.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch
+from pccheck_ext.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+)
 from pccheck_ext.graph import DependencyGraphBuilder
 from pccheck_ext.layers import group_parameters_by_layer
 from pccheck_ext.optimizer import LayerwiseOptimizer
@@ -165,6 +170,9 @@ class LayerwiseCheckpointTrainer:
         _check_chunk_count(checkpoint_chunk_count)
         if buffer_size_mb is not None:
             _positive("buffer_size_mb", buffer_size_mb)
+        if sigterm_deadline_s is not None:
+            _positive("sigterm_deadline_s", sigterm_deadline_s)
+            Sigterm.check_thread()
         _check_extra(extra)
         if device is not None:
             model.to(device)
@@ -178,7 +186,7 @@ class LayerwiseCheckpointTrainer:
         self.checkpoint_chunk_count = checkpoint_chunk_count
         self.wait_for_chunks = wait_for_chunks
         self._losses, self._loss_steps = array("d"), array("q")
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, tuple[int, float]] = {}  # with the step of each
         self._owner = os.getpid()
 
         self.adapter = PCCheckAdapter(
@@ -222,8 +230,6 @@ class LayerwiseCheckpointTrainer:
             layers = group_parameters_by_layer(model)
             self.optimizer = LayerwiseOptimizer(base, list(reversed(layers)), layers)
             order = OrderWatch(model, example_inputs, verbose)
-        if best is not None:
-            _find_metrics(best, self.checkpoint_dir)
         self._saver = StepSaver(
             self.adapter,
             self.scheduler,
@@ -253,9 +259,7 @@ class LayerwiseCheckpointTrainer:
         self._sigterm: Sigterm | None = None
         if sigterm_deadline_s is not None:
             myself = weakref.ref(self)
-            self._sigterm = Sigterm(
-                _positive("sigterm_deadline_s", sigterm_deadline_s), lambda: _lost(myself())
-            )
+            self._sigterm = Sigterm(sigterm_deadline_s, lambda: _lost(myself()))
             self._saver.at_boundary = lambda: _end_if_told(myself())
         _exit.forget(self.adapter)  # it is this object that ends it
         _exit.remember(self)
@@ -340,11 +344,12 @@ class LayerwiseCheckpointTrainer:
         number = value.item() if isinstance(value, torch.Tensor) else value
         if not isinstance(number, (int, float)):
             raise TypeError(f"metric {name!r} must be a number, not {number!r}")
-        self._metrics[name] = float(number)
+        self._metrics[name] = (self._saver.step + 1, float(number))
 
     def _metrics_of_step(self) -> dict[str, float]:
-        metrics = dict(self._metrics)
-        if self._losses and self._loss_steps[-1] == self._saver.step:
+        step = self._saver.step
+        metrics = {name: value for name, (of, value) in self._metrics.items() if of == step}
+        if self._losses and self._loss_steps[-1] == step:
             metrics["loss"] = self._losses[-1]
         return metrics
 
@@ -402,38 +407,57 @@ class LayerwiseCheckpointTrainer:
     def wait(self, timeout_s: float | None = None) -> None:
         """Seal what is pending and return when everything in flight is committed.
 
-        Raises CheckpointError for what failed, TimeoutError when the time has passed first.
+        Raises CheckpointError for what failed, TimeoutError, naming what is still in flight, when
+        `timeout_s` seconds have passed first (None: waits on).
         """
         if not self._saver.wait(timeout_s):
-            raise TimeoutError(f"checkpoints were still in flight after {timeout_s} s")
+            raise TimeoutError(self.adapter.flight.still_in_flight(timeout_s))
         self._saver.raise_failures()
 
-    def shutdown(self) -> None:
+    exit_timeout_s: float | None = None
+
+    def shutdown(self, timeout_s: float | None = None) -> None:
         """Finish every save, or tell which failed, and let go of the directory. Again: no effect.
 
-        In a forked child this does nothing: the saves are the parent's.
+        Raises CheckpointError for what failed, TimeoutError, naming what is still in flight, when
+        `timeout_s` seconds have passed first (None: waits on). Then everything goes on, and it may
+        be called again; the end of the process waits no longer for it, but says what is lost. In a
+        forked child this does nothing: the saves are the parent's.
         """
         if os.getpid() != self._owner or not self._session.is_open:
             return
         try:
-            self.wait()
+            self.wait(timeout_s)
+        except TimeoutError:
+            self.exit_timeout_s = 0.0
+            self.adapter.do_not_wait_at_exit()
+            raise
+        except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
+            self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._gradient_watch is not None:
+            self._gradient_watch.close()
+        self._saver.close()
+        self.optimizer._observer = None
+        self._last_stats = self.stats()
+        _exit.forget(self)
+        try:
+            self.adapter.shutdown()
         finally:
-            for hook in self._hooks:
-                hook.remove()
             if self._sigterm is not None:
                 self._sigterm.close()
-            if self._gradient_watch is not None:
-                self._gradient_watch.close()
-            self._saver.close()
-            self.optimizer._observer = None
-            self._last_stats = self.stats()
-            _exit.forget(self)
-            self.adapter.shutdown()
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is None or not session.is_open or os.getpid() != self._owner:
             return
+        if sys.is_finalizing():
+            return  # as has been told
         warnings.warn(
             f"a trainer over {self.checkpoint_dir} was dropped without shutdown(); its saves are "
             "being finished now",
@@ -441,7 +465,7 @@ class LayerwiseCheckpointTrainer:
             stacklevel=2,
         )
         try:
-            self.shutdown()
+            self.shutdown(self.exit_timeout_s)
         except Exception as error:  # nobody could catch it: tell
             print(f"pccheck_ext: {error}", file=sys.stderr)
 
@@ -469,7 +493,8 @@ class LayerwiseCheckpointTrainer:
 
         ``"auto"`` takes the newest checkpoint that verifies, telling of those that do not by a
         warning; 0 where there is none at all. Otherwise the id of one. Later checkpoints are left
-        aside as ``*.stale`` when the first new one is begun.
+        aside as ``*.stale`` when the first new one is begun. Mock mode looks at no disk: there is
+        no checkpoint in it.
 
         Raises CheckpointMismatch where model, optimizer or `extra` are not those that were saved;
         CheckpointCorrupt where checkpoints are there but none verifies; CheckpointNotFound.
@@ -478,7 +503,8 @@ class LayerwiseCheckpointTrainer:
         if checkpoint != "auto":
             self._load(checkpoint, strict=True)
             return self.training_step
-        candidates = _restore.newest_first(self.checkpoint_dir)
+        mock = self.adapter.mode == "mock"
+        candidates = [] if mock else _restore.newest_first(self.checkpoint_dir)
         for _, name in candidates:
             try:
                 self._load(name, strict=True)
@@ -528,7 +554,13 @@ class LayerwiseCheckpointTrainer:
         self._saver.open_gates()
 
     def _load(self, checkpoint_id: str, *, strict: bool) -> list[str]:
+        if self.adapter.mode == "mock":
+            raise CheckpointNotFound(
+                f"no checkpoint {checkpoint_id!r}: mock mode saves and reads none. Load it with "
+                "ModelRecovery, or with a trainer with use_pccheck=True"
+            )
         stored = _restore.open_checkpoint(self.checkpoint_dir, checkpoint_id)
+        stored.require_whole_state()
         stored.read_ahead()
         restored = _restore.restore_model(stored, self.model, strict=strict)
         saved = stored.manifest["extra"]
@@ -552,6 +584,8 @@ class LayerwiseCheckpointTrainer:
         _restore.restore_extra_state(stored, self.model, restored, extra)
         for name, value in values.items():
             self.extra[name].load_state_dict(value)
+        if self._saver.best is not None:
+            _find_metrics(self._saver.best, self.checkpoint_dir)
         self._saver.restart_from(stored.step)
         self.optimizer.training_step = stored.step
         self._losses = array("d", progress["losses"].tolist())
@@ -587,7 +621,9 @@ class LayerwiseCheckpointTrainer:
         stats["checkpoints_failed"] = max(0, failed)  # those given up may not have ended yet
         stats["stall_s"] = self._saver.stall_s
         stats["stall_per_checkpoint_s"] = self._saver.stall_s / saved if saved else math.nan
-        stats["lag_steps"] = self.training_step - stats["last_committed_step"]
+        stats["lag_steps"] = self.training_step - self._saver.flight.newest(
+            stats, "last_committed_step"
+        )
         return stats
 
 
@@ -668,11 +704,14 @@ def _post_hook(trainer: weakref.ref[LayerwiseCheckpointTrainer]) -> Callable[...
 def _find_metrics(best: Best, directory: str) -> None:
     """What the checkpoints that are there already are worth."""
     for step, name in _restore.newest_first(directory):
-        try:
-            metrics = _restore.open_checkpoint(directory, name).manifest.get("metrics", {})
-        except (CheckpointCorrupt, OSError):
+        if name != step_id(step):
             continue
-        if name == step_id(step) and isinstance(metrics, dict):
+        try:
+            manifest = _restore.open_checkpoint(directory, name).manifest
+            metrics = _codec.decode(manifest.get("metrics", {}), {}, path="metrics")
+        except (CheckpointCorrupt, _codec.DecodeError, OSError):
+            continue
+        if isinstance(metrics, dict):
             best.found(step, {k: v for k, v in metrics.items() if isinstance(v, float)})
 
 
@@ -681,7 +720,7 @@ def _lost(trainer: LayerwiseCheckpointTrainer | None) -> str:
     if trainer is None:
         return "its trainer is gone"
     step = trainer.training_step
-    safe = trainer.stats().get("last_sealed_step", 0)
+    safe = trainer.adapter.flight.newest(trainer.stats(), "last_sealed_step")
     where = trainer.checkpoint_dir
     if safe >= step:
         return f"step {step} is saved in {where}; nothing is lost but the step under way"
@@ -700,10 +739,11 @@ def _end_if_told(trainer: LayerwiseCheckpointTrainer | None) -> None:
         return
     saver.seal()
     try:
-        if saver.wait(sigterm.left_s):
-            trainer.shutdown()
+        trainer.shutdown(sigterm.left_s)
     except CheckpointError as error:
         print(f"pccheck_ext: {error}", file=sys.stderr)
+    except TimeoutError:
+        sigterm.deadline_has_passed()
     sigterm.end()
 
 

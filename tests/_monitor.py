@@ -61,6 +61,9 @@ def trainer_in(
         "block_size_mb": 1 / 32,
         "num_threads": 2,
     }
+    layers = pccheck_ext.DependencyGraphBuilder(model).group_parameters_by_layer()
+    # In a given order: to find it out would take most of the time before a kill.
+    optimizer = pccheck_ext.LayerwiseOptimizer(optimizer, list(reversed(layers)), layers)
     return pccheck_ext.LayerwiseCheckpointTrainer(
         model, optimizer, checkpoint_dir=directory, **{**settings, **options}
     )

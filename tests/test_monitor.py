@@ -47,7 +47,7 @@ from _monitor import (
 
 import pccheck_ext
 from pccheck_ext import _C
-from pccheck_ext import trainer as trainer_module
+from pccheck_ext import adapter as adapter_module
 from pccheck_ext.errors import CheckpointError
 
 SEED = 20_240_301
@@ -433,8 +433,8 @@ def test_a_new_monitor_that_does_not_come_up_is_an_error_or_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = tmp_path / "pccheck-monitor"
-    shutil.copy(trainer_module._MONITOR, monitor)
-    monkeypatch.setattr(trainer_module, "_MONITOR", str(monitor))
+    shutil.copy(adapter_module._MONITOR, monitor)
+    monkeypatch.setattr(adapter_module, "_MONITOR", str(monitor))
     raising = trainer_in(tmp_path / "a")
     warning = trainer_in(tmp_path / "b", on_error="warn")
     monitor.unlink()
@@ -640,7 +640,7 @@ def test_the_monitor_is_made_of_the_core_alone(tmp_path: Path) -> None:
         if not re.match(r"(libc|libm|libpthread|libdl|ld-linux[^.]*|ld)[.-]", name)
     }
     assert not strange, "neither torch nor CUDA nor Python, nor what they bring"
-    assert trainer_module._MONITOR in files
+    assert adapter_module._MONITOR in files
     assert title == [b"pccheck-monitor", str(tmp_path).encode(), b""]
 
 
@@ -789,7 +789,7 @@ def test_settings_that_cannot_be_are_refused_and_leave_nothing(tmp_path: Path) -
         "max_in_flight": 1,
         "keep_last": 1,
         "lock_timeout_s": 0.0,
-        "monitor": trainer_module._MONITOR,
+        "monitor": adapter_module._MONITOR,
     }
     with pytest.raises(RuntimeError, match="writer threads"):
         _C.Session(str(tmp_path / "run"), **session)

@@ -1,0 +1,869 @@
+"""PCCheckAdapter alone: layers in, sound checkpoints out, and back into a model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _models import (
+    LITTLE_MEMORY,
+    Live,
+    Plain,
+    Program,
+    Stream,
+    Zoo,
+    generators_kept,
+    memory_directory,
+    raw,
+)
+from _waiting import DEADLINE_S, Child, Running, eventually, go_on, one_thread, stall
+from torch import Tensor, nn
+
+from pccheck_ext import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointMetadataManager,
+    CheckpointMismatch,
+    LayerwiseCheckpointScheduler,
+    LayerwiseOptimizer,
+    ModelRecovery,
+    PCCheckAdapter,
+    SaveTask,
+)
+from pccheck_ext.layers import group_parameters_by_layer
+
+SMALL_BLOCKS = {**LITTLE_MEMORY, "block_size_mb": 1 / 256}
+CHUNKS = [1, 2, 3, 4, 8, "auto"]
+
+
+@pytest.fixture(autouse=True)
+def _generators_of_other_tests() -> Iterator[None]:
+    with generators_kept(), one_thread():
+        yield
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with memory_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def open_adapter(directory: Path) -> Iterator[Callable[..., PCCheckAdapter]]:
+    made: list[PCCheckAdapter] = []
+
+    def make(**options: Any) -> PCCheckAdapter:
+        settings = {"checkpoint_file": directory / "run.chk", "keep_last": 0}
+        made.append(PCCheckAdapter(**{**settings, **LITTLE_MEMORY, **options}))
+        return made[-1]
+
+    yield make
+    for adapter in made:  # whatever the test came to, nothing stands still any more
+        if not adapter.session.is_open:
+            continue
+        if adapter.session.monitor_process is not None:
+            go_on(adapter.session.monitor_process)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter.flight.on_error = "warn"
+            adapter.shutdown()
+
+
+OpenAdapter = Callable[..., PCCheckAdapter]
+
+
+def layers_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    return {name: list(params) for name, params in group_parameters_by_layer(model).items()}
+
+
+def tasks_of(model: nn.Module, step: int) -> list[SaveTask]:
+    return [SaveTask(name, step, params) for name, params in reversed(layers_of(model).items())]
+
+
+def parameters(model: nn.Module) -> dict[str, bytes]:
+    return {name: raw(p) for name, p in model.named_parameters()}
+
+
+def other(model: type[nn.Module], seed: int = 99) -> nn.Module:
+    torch.manual_seed(seed)
+    return model()
+
+
+# --- The whole chain -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_monitor", [False, True])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_optimizer_scheduler_and_adapter_save_every_step_as_it_was(
+    async_save: bool, use_monitor: bool, directory: Path, open_adapter: OpenAdapter
+) -> None:
+    model, data = other(Plain), Stream()
+    adapter = open_adapter(use_monitor=use_monitor)
+    scheduler = LayerwiseCheckpointScheduler(
+        adapter.save_layers_batch, buffer_size_mb=400 / (1 << 20), async_save=async_save
+    )
+    order = ["out", "hidden", "embed"]
+    optimizer = LayerwiseOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.1),
+        order,
+        layers_of(model),
+        callback=scheduler.add_save_task,
+    )
+    after = {}
+    for step in range(1, 7):
+        tokens, targets = next(data)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens), targets).backward()
+        optimizer.step()
+        after[step] = parameters(model)
+    scheduler.shutdown()
+    adapter.shutdown()
+    assert scheduler.get_statistics()["batches"] == 12  # two to a step
+    recovery = ModelRecovery(directory / "run")
+    assert recovery.list_checkpoints() == [f"step-{step:08d}" for step in after]
+    assert recovery.get_latest_checkpoint() == "step-00000006"
+    manager = CheckpointMetadataManager(directory / "run.chk")
+    for step, wanted in after.items():
+        assert manager.verify_checkpoint(f"step_{step}")
+        assert list(manager.get_checkpoint_info(f"step_{step}")["layers"]) == order
+        loaded = other(Plain, seed=step)
+        assert recovery.load_checkpoint(loaded, f"step_{step}") == []
+        assert parameters(loaded) == wanted
+
+
+def test_what_a_batch_made_is_told(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    tasks = [SaveTask("a", 3, [torch.ones(4), torch.ones(2)]), SaveTask("b", 3, [torch.ones(1)])]
+    told = adapter.save_layers_batch(tasks)
+    assert told == {"checkpoint_id": "step-00000003", "layers": 2, "bytes": 28}
+    assert adapter.save_layers_batch([]) == {"checkpoint_id": "", "layers": 0, "bytes": 0}
+
+
+def test_layers_may_change_once_the_batch_has_been_taken(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    model = other(Plain)
+    wanted = {}
+    for step in range(1, 6):
+        wanted[step] = parameters(model)
+        adapter.save_layers_batch(tasks_of(model, step))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+    adapter.shutdown()
+    for step, values in wanted.items():
+        loaded = other(Plain)
+        ModelRecovery(directory / "run").load_checkpoint(loaded, f"step_{step}")
+        assert parameters(loaded) == values
+
+
+def test_batches_of_several_steps_may_come_in_one(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", step, [torch.ones(2)]) for step in (1, 2, 5)])
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000005",
+    ]
+
+
+def test_tensors_of_any_kind_and_layers_without_any_come_back(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(()))
+            self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            self.half = nn.Linear(3, 2, dtype=torch.bfloat16)
+            self.none = nn.Parameter(torch.randn(0, 5))
+            self.many = nn.ParameterList([torch.randn(i + 1) for i in range(12)])
+
+    model = other(Odd)
+    adapter = open_adapter()
+    adapter.save_layers_batch([*tasks_of(model, 1), SaveTask("empty", 1, [])])
+    adapter.save_layers_batch([SaveTask("empty too", 1, [])])
+    adapter.shutdown()
+    loaded = other(Odd, seed=5)
+    assert ModelRecovery(directory / "run").load_checkpoint(loaded, "step_1", strict=True) == []
+    assert parameters(loaded) == parameters(model)
+    assert loaded.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- When a step ends ----------------------------------------------------------------------------
+
+
+def test_a_step_is_sealed_by_the_next_by_itself_and_at_the_end(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    recovery = ModelRecovery(directory / "run")
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+    adapter.wait(DEADLINE_S)  # for nothing: the step may get further layers
+    assert recovery.list_checkpoints() == []
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.wait(DEADLINE_S)
+    assert recovery.list_checkpoints() == ["step-00000001"]
+    adapter.finish_step()
+    adapter.wait(DEADLINE_S)
+    assert recovery.list_checkpoints() == ["step-00000001", "step-00000002"]
+    adapter.save_layers_batch([SaveTask("a", 3, [torch.ones(2)])])
+    adapter.shutdown()
+    assert recovery.get_latest_checkpoint() == "step-00000003"
+
+
+@pytest.mark.parametrize("again", ["in the same batch", "later"])
+def test_a_layer_that_comes_twice_is_refused_and_the_step_is_saved_without(
+    again: str, directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+    tasks = [SaveTask("b", 1, [torch.ones(3)]), SaveTask("b", 1, [torch.ones(3)])]
+    if again == "later":
+        tasks = [SaveTask("a", 1, [torch.ones(2)])]
+    with pytest.raises(ValueError, match=f"step 1 has a layer '{tasks[0].layer_name}' already"):
+        adapter.save_layers_batch(tasks)
+    adapter.save_layers_batch([SaveTask("c", 1, [torch.ones(4)])])
+    adapter.shutdown()
+    manager = CheckpointMetadataManager(directory / "run.chk")
+    assert manager.verify_checkpoint("step_1")
+    assert list(manager.get_checkpoint_info("step_1")["layers"]) == ["a", "c"]
+
+
+def test_a_step_of_which_a_layer_cannot_be_saved_is_no_checkpoint(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+    sparse = torch.ones(2, 2).to_sparse()
+    with pytest.raises(TypeError, match=r"'b\.0'"):
+        adapter.save_layers_batch([SaveTask("b", 1, [sparse])])
+    adapter.save_layers_batch([SaveTask("c", 1, [torch.ones(2)])])  # which was told of
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000002"]
+    assert sorted(p.name for p in (directory / "run").iterdir()) == [".lock", "step-00000002"]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_step_that_cannot_be_begun_is_told_of_and_the_next_is_saved(
+    on_error: str, directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter(on_error=on_error)
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+    (directory / "run" / "step-00000002").mkdir()
+    (directory / "run" / "step-00000002" / "foreign").touch()
+    message = "step-00000002"
+    tell = (
+        pytest.raises(CheckpointError, match=message)
+        if on_error == "raise"
+        else pytest.warns(RuntimeWarning, match=message)
+    )
+    with tell:
+        save_and_wait(adapter, 2)
+    save_and_wait(adapter, 3)
+    adapter.shutdown()
+    recovery = ModelRecovery(directory / "run")
+    assert recovery.list_checkpoints() == ["step-00000001", "step-00000003"]
+
+
+def save_and_wait(adapter: PCCheckAdapter, step: int) -> None:
+    adapter.save_layers_batch([SaveTask("a", step, [torch.ones(2)])])
+    adapter.finish_step()
+    adapter.wait()
+
+
+# --- Back into a model ---------------------------------------------------------------------------
+
+
+def saved(directory: Path, tasks: list[SaveTask], **options: Any) -> ModelRecovery:
+    settings = {**SMALL_BLOCKS, **options}
+    adapter = PCCheckAdapter(checkpoint_file=directory / "run.chk", **settings)
+    for task in tasks:
+        adapter.save_layers_batch([task])
+    adapter.shutdown()
+    return ModelRecovery(directory / "run")
+
+
+def test_a_model_with_tied_root_and_frozen_parameters_comes_back(directory: Path) -> None:
+    model = other(Zoo)
+    recovery = saved(directory, tasks_of(model, 1))
+    loaded = other(Zoo, seed=5)
+    assert recovery.load_checkpoint(loaded, "step_1") == ["norm"]  # its statistics are not there
+    assert parameters(loaded) == parameters(model)
+    assert loaded.head.weight is loaded.embed.weight
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_a_compiled_model_takes_it_too(directory: Path) -> None:
+    model = other(Plain)
+    recovery = saved(directory, tasks_of(torch.compile(model, backend="eager"), 1))
+    loaded = other(Plain, seed=5)
+    assert recovery.load_checkpoint(torch.compile(loaded, backend="eager"), "step_1") == []
+    assert parameters(loaded) == parameters(model)
+
+
+def test_layers_may_be_grouped_by_larger_modules(directory: Path) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"body": nn.Sequential(Plain(), Plain()), "head": nn.Linear(2, 2)})
+
+    torch.manual_seed(1)
+    model = make()
+    tasks = [SaveTask(name, 1, [*model[name].parameters()]) for name in ("head", "body")]
+    recovery = saved(directory, tasks)
+    loaded = make()
+    assert recovery.load_checkpoint(loaded, "step_1", strict=True) == []
+    assert parameters(loaded) == parameters(model)
+
+
+def test_layers_that_the_checkpoint_has_not_are_returned_and_left_alone(directory: Path) -> None:
+    model = other(Plain)
+    recovery = saved(directory, [t for t in tasks_of(model, 1) if t.layer_name != "hidden"])
+    loaded = other(Plain, seed=5)
+    before = parameters(loaded)
+    assert recovery.load_checkpoint(loaded, "step_1") == ["hidden"]
+    wanted = {**parameters(model), **{n: v for n, v in before.items() if "hidden" in n}}
+    assert parameters(loaded) == wanted
+
+
+def test_strictly_either_side_must_have_every_layer_of_the_other(directory: Path) -> None:
+    model = other(Plain)
+    tasks = [t for t in tasks_of(model, 1) if t.layer_name != "hidden"]
+    recovery = saved(directory, [*tasks, SaveTask("foreign", 1, [torch.ones(2), torch.ones(1)])])
+    loaded = other(Plain, seed=5)
+    before = parameters(loaded)
+    with pytest.raises(CheckpointMismatch) as told:
+        recovery.load_checkpoint(loaded, "step_1", strict=True)
+    assert "hidden.weight is not in the checkpoint" in str(told.value)
+    assert "tensor 1 of layer 'foreign' is not in the model" in str(told.value)
+    assert parameters(loaded) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "out", nn.Linear(3, 11)), r"out\.weight is torch.float32 \[11, 12\]"),
+        (lambda m: m.out.double(), r"out\.bias is torch.float32 .* torch.float64"),
+        (
+            lambda m: setattr(m, "out", nn.Linear(12, 11, bias=False)),
+            r"layer 'out' has 2 tensors in the checkpoint, 1 parameters in the model",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_model_unchanged(
+    change: Callable[[nn.Module], object], message: str, directory: Path
+) -> None:
+    recovery = saved(directory, tasks_of(other(Plain), 1))
+    model = other(Plain, seed=5)
+    change(model)
+    before = parameters(model)
+    for load in (
+        lambda: recovery.load_checkpoint(model, "step_1"),
+        lambda: recovery.load_layer(model, "step_1", "out"),
+    ):
+        with pytest.raises(CheckpointMismatch, match=message):
+            load()
+        assert parameters(model) == before
+
+
+def test_a_model_with_no_layer_of_it_is_refused(directory: Path) -> None:
+    recovery = saved(directory, tasks_of(other(Plain), 1))
+    with pytest.raises(CheckpointMismatch, match="no tensor in common"):
+        recovery.load_checkpoint(nn.Sequential(nn.Linear(2, 2)), "step_1")
+
+
+def test_one_layer_is_loaded_alone_whatever_has_become_of_the_others(directory: Path) -> None:
+    model = other(Plain)
+    recovery = saved(directory, tasks_of(model, 1))
+    for file in (directory / "run" / "step-00000001").glob("model-*"):
+        if b"hidden" not in file.read_bytes()[:4096]:
+            damage(file, keep=set())
+    loaded = other(Plain, seed=5)
+    before = parameters(loaded)
+    recovery.load_layer(loaded, "step_1", "hidden")
+    after = parameters(loaded)
+    assert after == {**before, **{n: v for n, v in parameters(model).items() if "hidden" in n}}
+    with pytest.raises(CheckpointCorrupt):
+        recovery.load_layer(loaded, "step_1", "out")
+    with pytest.raises(CheckpointCorrupt):
+        recovery.load_checkpoint(loaded, "step_1")
+
+
+def test_a_layer_that_one_side_has_not_is_an_error_naming_it(directory: Path) -> None:
+    recovery = saved(directory, [*tasks_of(other(Plain), 1), SaveTask("more", 1, [torch.ones(1)])])
+    with pytest.raises(KeyError, match=r"no layer 'less'; it has: out, hidden, embed, more"):
+        recovery.load_layer(other(Plain), "step_1", "less")
+    with pytest.raises(CheckpointMismatch, match="no tensor of layer 'more' in common"):
+        recovery.load_layer(other(Plain), "step_1", "more")
+
+
+def test_a_trainer_cannot_go_on_from_layers_alone_and_says_so(directory: Path) -> None:
+    saved(directory, tasks_of(other(Plain), 4))
+    live = Live(Program(model=Plain), directory / "run")
+    for load in (live.trainer.resume, lambda: live.trainer.load_checkpoint("step_4")):
+        with pytest.raises(CheckpointMismatch, match=r"without a trainer.*ModelRecovery"):
+            load()
+    assert live.trainer.recovery.load_checkpoint(live.model, "step_4") == []
+    live.trainer.shutdown()
+
+
+# --- Chunks --------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Layers of many blocks of 4 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 128, dtype=torch.float64)
+        self.third = nn.Linear(64, 128)
+
+
+def payload(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.glob("*.safetensors")}
+
+
+def damage(path: Path, keep: set[int], block: int = 4096) -> int:
+    """Changes every block but these; how many that were."""
+    data = bytearray(path.read_bytes())
+    changed = [at for at in range(0, len(data), block) if at // block not in keep]
+    for at in changed:
+        data[at] ^= 1
+    path.write_bytes(data)
+    return len(changed)
+
+
+def assert_each_layer_is_recovered_alone(directory: Path, name: str, model: nn.Module) -> None:
+    info = CheckpointMetadataManager(directory).get_checkpoint_info(name)
+    for layer, module in model.named_children():
+        whole = payload(directory / name)
+        damaged = 0
+        for file in whole:
+            keep = set(info["layers"][layer]["checksums"].get(file, {}))
+            damaged += damage(directory / name / file, keep)
+        assert damaged > 8
+        loaded = type(model)()
+        ModelRecovery(directory).load_layer(loaded, name, layer)
+        assert parameters(loaded.get_submodule(layer)) == parameters(module)
+        for file, data in whole.items():
+            (directory / name / file).write_bytes(data)
+
+
+def test_a_state_saved_alone_has_the_same_bytes_in_any_number_of_chunks(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    model = other(Wide)
+    adapter = open_adapter(**SMALL_BLOCKS, num_threads=3)
+    adapter.save_layers_batch(tasks_of(model, 7))
+    for count in CHUNKS:
+        told = adapter.save_entire_checkpoint_in_chunks(f"in-{count}", 7, count)
+        assert told["checkpoint_id"] == f"in-{count}"
+        assert told["chunks"] == count or (count == "auto" and 1 <= told["chunks"] <= 3)
+        assert told["bytes"] == os.path.getsize(written(adapter, f"in-{count}"))
+    adapter.shutdown()
+    wanted = payload(directory / "run" / "in-1")
+    assert list(wanted) == ["model.safetensors"]
+    for count in CHUNKS:
+        assert payload(directory / "run" / f"in-{count}") == wanted
+        loaded = other(Wide, seed=5)
+        recovery = ModelRecovery(directory / "run")
+        assert recovery.load_checkpoint(loaded, f"in-{count}", strict=True) == []
+        assert parameters(loaded) == parameters(model)
+        assert_each_layer_is_recovered_alone(directory / "run", f"in-{count}", model)
+    assert "step-00000007" in recovery.list_checkpoints()
+
+
+def written(adapter: PCCheckAdapter, name: str) -> Path:
+    adapter.wait()
+    return Path(adapter.directory) / name / "model.safetensors"
+
+
+def test_a_trainers_state_has_the_same_bytes_in_any_number_of_chunks(directory: Path) -> None:
+    class Model(Wide):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = tokens.float().repeat(1, 22)[:, :64]
+            return self.second(self.first(x).double())[:, :11].float() + self.third(x)[:, :11]
+
+    live = Live(Program(model=Model, options=SMALL_BLOCKS), directory).run(2)
+    for count in CHUNKS:
+        live.trainer.adapter.save_entire_checkpoint_in_chunks(f"in-{count}", 2, count)
+    live.trainer.shutdown()
+    wanted = payload(directory / "in-1")
+    assert set(wanted) == {f"{n}.safetensors" for n in ("model", "optimizer", "extra")}
+    for count in CHUNKS:
+        assert payload(directory / f"in-{count}") == wanted
+        assert_each_layer_is_recovered_alone(directory, f"in-{count}", live.model)
+    resumed = Live(Program(model=Model, options=SMALL_BLOCKS), directory, seed=3)
+    assert resumed.resume("in-8") == 2
+    assert parameters(resumed.model) == parameters(live.model)
+    resumed.trainer.shutdown()
+
+
+@pytest.mark.parametrize("count", [0, -1, 5000, 1.5, True, "two", None])
+def test_a_number_of_chunks_that_cannot_be_is_refused(
+    count: Any, open_adapter: OpenAdapter
+) -> None:
+    with pytest.raises(ValueError, match="chunk_count must be a whole number, 1 to 4096"):
+        open_adapter().save_entire_checkpoint_in_chunks("mine", 1, count)
+
+
+def test_a_name_that_is_there_or_names_another_step_is_refused(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch(tasks_of(other(Plain), 3))
+    adapter.save_entire_checkpoint_in_chunks("mine", 3)
+    adapter.wait()
+    with pytest.raises(ValueError, match="'mine' is there already"):
+        adapter.save_entire_checkpoint_in_chunks("mine", 3)
+    with pytest.raises(ValueError, match="'step-00000004' names another step than 3"):
+        adapter.save_entire_checkpoint_in_chunks("step-00000004", 3)
+    with pytest.raises(ValueError, match="cannot name a checkpoint"):
+        adapter.save_entire_checkpoint_in_chunks("../mine", 3)
+
+
+def test_alone_a_state_must_have_come_whole_and_of_one_step(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    with pytest.raises(ValueError, match=r"no whole state of step 1 .* the newest are none"):
+        adapter.save_entire_checkpoint_in_chunks("mine", 1)
+    adapter.save_layers_batch(tasks_of(other(Plain), 1))
+    adapter.save_layers_batch([SaveTask("out", 2, [torch.ones(2)])])
+    for step in (1, 2):
+        with pytest.raises(ValueError, match=r"the newest are those of steps \[1, 2\]"):
+            adapter.save_entire_checkpoint_in_chunks("mine", step)
+
+
+def test_in_a_trainer_another_step_than_the_states_is_refused(directory: Path) -> None:
+    live = Live(Program(model=Plain), directory).run(2)
+    with pytest.raises(ValueError, match="training_step 3 is to be saved, but the state is 2's"):
+        live.trainer.adapter.save_entire_checkpoint_in_chunks("mine", 3)
+    with pytest.raises(RuntimeError, match="no step of the trainer's is being saved"):
+        live.trainer.adapter.save_layers_batch([SaveTask("out", 3, [torch.ones(1)])])
+    live.trainer.adapter.wait(DEADLINE_S)  # not for the step that is not sealed yet
+    live.run(3)
+    live.trainer.shutdown()
+    assert len(ModelRecovery(directory).list_checkpoints()) == 3
+
+
+# --- A disk that is slow, or hangs ---------------------------------------------------------------
+
+
+def monitored(open_adapter: OpenAdapter, **options: Any) -> tuple[PCCheckAdapter, int]:
+    """An adapter whose disk can be made to hang, after its first step; and its monitor."""
+    adapter = open_adapter(use_monitor=True, **options)
+    save_and_wait(adapter, 1)
+    monitor = adapter.session.monitor_process
+    assert monitor is not None
+    return adapter, monitor
+
+
+def test_fifty_checkpoints_on_a_slow_disk_wait_their_turn(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    """The disk stands still until as many are in flight as may be, then goes on for a while."""
+    adapter, monitor = monitored(open_adapter, max_async=2)
+    scheduler = LayerwiseCheckpointScheduler(
+        adapter.save_layers_batch, buffer_size_mb=16 / 1024, max_pending_mb=48 / 1024
+    )
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most_alive, most_in_flight = 0, 0
+
+    def train() -> None:
+        for step in range(2, 51):
+            for layer in "abcd":
+                tensor = torch.full((1024,), float(step))  # 4 KiB: four make a batch
+                alive.add(tensor)
+                scheduler.add_save_task(layer, step, [tensor])
+        scheduler.shutdown(None)
+        adapter.finish_step()
+
+    def committed() -> int:
+        return int(adapter.stats()["checkpoints_committed"])
+
+    stall(monitor)
+    training = Running(train)
+    there: list[str] = []
+    recovery = ModelRecovery(directory / "run")
+    while committed() < 49:
+        before = committed()
+        full = lambda: adapter.stats()["in_flight"] == 2 or not training.is_alive()  # noqa: E731
+        eventually(full, "two are in flight")
+        most_in_flight = max(most_in_flight, int(adapter.stats()["in_flight"]))
+        most_alive = max(most_alive, len(alive))
+        go_on(monitor)
+        eventually(lambda before=before: committed() > before, "one more is committed")
+        stall(monitor)
+        there = recovery.list_checkpoints()
+        assert there == [f"step-{step:08d}" for step in range(1, len(there) + 1)]
+    go_on(monitor)
+    training.end()
+    adapter.shutdown()
+    assert most_in_flight == 2
+    # Three steps wait for the handler, one is with it, one gathered, the newest one kept.
+    assert most_alive <= 4 * 6
+    for step in (2, 25, 50):
+        assert recovery.verify(f"step_{step}")
+        model = nn.Module()
+        for layer in "abcd":
+            model.add_module(layer, nn.Module())
+            model.get_submodule(layer).weight = nn.Parameter(torch.zeros(1024))
+        assert recovery.load_checkpoint(model, f"step_{step}") == []
+        assert all(bool((p == step).all()) for p in model.parameters())
+    assert len(recovery.list_checkpoints()) == 50
+
+
+def test_waiting_and_shutting_down_time_out_naming_what_is_in_flight(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter, monitor = monitored(open_adapter, max_async=4)
+    stall(monitor)
+    adapter.save_layers_batch(tasks_of(other(Plain), 2))
+    adapter.save_layers_batch(tasks_of(other(Plain), 3))
+    with pytest.raises(TimeoutError, match=r"after 0\.01 s: step-00000002, step-00000003 \("):
+        adapter.wait(0.01)  # the second is not sealed yet, but in flight it is
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match=r"after 0\.01 s: step-00000002, step-00000003 \("):
+            adapter.shutdown(0.01)
+    adapter.save_layers_batch(tasks_of(other(Plain), 4))  # nothing has been lost by that
+    go_on(monitor)
+    adapter.shutdown(DEADLINE_S)
+    assert len(ModelRecovery(directory / "run").list_checkpoints()) == 4
+    adapter.shutdown(0.0)
+
+
+def test_shutting_down_times_out_where_another_thread_waits_for_the_disk(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter, monitor = monitored(open_adapter, max_async=1)
+    stall(monitor)
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(1)])])
+    waiting = threading.Event()
+    begin = adapter.flight.begin_ticket
+
+    def watched(*args: Any, **options: Any) -> Any:
+        waiting.set()
+        return begin(*args, **options)
+
+    adapter.flight.begin_ticket = watched  # type: ignore[method-assign]
+    one_more = Running(lambda: adapter.save_layers_batch([SaveTask("a", 3, [torch.ones(1)])]))
+    assert waiting.wait(DEADLINE_S)
+    with pytest.raises(TimeoutError, match=r"after 0\.01 s: step-00000002 "):
+        adapter.shutdown(0.01)
+    go_on(monitor)
+    one_more.end()
+    adapter.shutdown()
+    assert len(ModelRecovery(directory / "run").list_checkpoints()) == 3
+
+
+def test_a_trainers_shutdown_times_out_too_and_can_be_gone_on_with(directory: Path) -> None:
+    live = Live(Program(model=Plain, options={"use_monitor": True}), directory).run(1)
+    live.trainer.wait()
+    monitor = live.trainer.adapter.session.monitor_process
+    assert monitor is not None
+    stall(monitor)
+    live.run(2)
+    with pytest.raises(TimeoutError, match=r"after 0\.01 s: step-00000002 \("):
+        live.trainer.shutdown(0.01)
+    with pytest.raises(TimeoutError, match=r"after 0\.01 s: step-00000002 \("):
+        live.trainer.wait(0.01)
+    live.run(3)  # it is a trainer still
+    go_on(monitor)
+    live.trainer.shutdown(DEADLINE_S)
+    assert len(ModelRecovery(directory).list_checkpoints()) == 3
+    assert live.trainer.stats()["checkpoints_committed"] == 3
+
+
+HANGING = """
+import os, signal, sys, torch
+from pccheck_ext import *
+from torch import nn
+model = nn.Linear(4, 4)
+small = dict(use_monitor=True, batch_size_mb=2, ratio=2, block_size_mb=0.25)
+if sys.argv[2] == "trainer":
+    one = LayerwiseCheckpointTrainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_dir=sys.argv[1], **small)
+    session = one.adapter.session
+    def save(step):
+        model(torch.ones(1, 4)).sum().backward()
+        one.step()
+        one.end_step()
+        model.zero_grad()
+else:
+    one = PCCheckAdapter(checkpoint_file=sys.argv[1], **small)
+    session = one.session
+    def save(step):
+        one.save_layers_batch([SaveTask("a", step, [torch.ones(3)])])
+        one.finish_step()
+save(1)
+one.wait()
+print(session.monitor_process, flush=True)
+os.kill(session.monitor_process, signal.SIGSTOP)
+save(2)
+try:
+    one.shutdown(0.05)
+except TimeoutError as error:
+    print(error, flush=True)
+if sys.argv[3] == "dropped":
+    import gc
+    del one, session, save
+    gc.collect()
+    print("dropped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["kept", "dropped"])
+@pytest.mark.parametrize("what", ["trainer", "adapter"])
+def test_after_a_shutdown_that_timed_out_the_process_ends_though_the_disk_still_hangs(
+    what: str, ending: str, directory: Path
+) -> None:
+    run, output = directory / "run", directory / "output"
+    script = [sys.executable, "-c", HANGING, str(run), what, ending]
+    with output.open("wb") as file:  # a pipe's other end the monitor would have, too
+        status = subprocess.run(script, stdout=file, stderr=file, timeout=120).returncode
+    said = output.read_text()
+    monitor = int(said.split()[0])
+    try:
+        assert status == 0, said
+        assert "still in flight after 0.05 s: step-00000002" in said
+        lost = "still in flight after 0.0 s: step-00000002"
+        assert said.count(lost) == 1
+        assert f"pccheck_ext: {'' if ending == 'dropped' else 'at exit: '}{lost}" in said
+        assert ("dropped\n" in said) is (ending == "dropped")
+        assert ModelRecovery(run).list_checkpoints() == ["step-00000001"]
+    finally:
+        go_on(monitor)
+    # What had been sealed is the monitor's, which lives on.
+    both = ["step-00000001", "step-00000002"]
+    eventually(lambda: ModelRecovery(run).list_checkpoints() == both, "it commits")
+
+
+# --- Other threads, processes, endings -----------------------------------------------------------
+
+
+def test_the_loop_may_save_the_whole_state_while_layers_come_from_another_thread(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter(max_async=2)
+    steps = 60
+    tasks = [tasks_of(other(Plain), step) for step in range(1, steps + 1)]
+    saving = Running(lambda: [adapter.save_layers_batch([t]) for batch in tasks for t in batch])
+    whole = 0
+    while saving.is_alive():
+        steps_so_far = {task.training_step for task in [*adapter._loose._newest.values()]}
+        try:
+            adapter.save_entire_checkpoint_in_chunks(f"whole-{whole}", max(steps_so_far, default=1))
+            whole += 1
+        except ValueError:
+            pass  # it was between two steps, or is by now
+        adapter.wait()
+    saving.end()
+    adapter.shutdown()
+    recovery = ModelRecovery(directory / "run")
+    names = recovery.list_checkpoints()
+    assert [n for n in names if n.startswith("whole")] == sorted(f"whole-{i}" for i in range(whole))
+    assert all(recovery.verify(name) for name in names)
+    # A whole save in the middle of a step seals that step's checkpoint; nothing else is lost.
+    assert recovery.get_latest_checkpoint() is not None
+
+
+def test_one_that_is_dropped_finishes_its_saves_and_says_so(directory: Path) -> None:
+    made = [PCCheckAdapter(checkpoint_dir=directory / "run", **LITTLE_MEMORY)]
+    made[0].save_layers_batch([SaveTask("a", 1, [torch.ones(1)])])
+
+    def drop() -> None:
+        made.clear()
+        gc.collect()
+
+    with pytest.warns(ResourceWarning, match=r"adapter over .*/run was dropped without shutdown"):
+        drop()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000001"]
+    PCCheckAdapter(checkpoint_dir=directory / "run", **LITTLE_MEMORY).shutdown()  # it is let go of
+
+
+def test_at_exit_a_scheduler_hands_over_before_its_adapter_ends(directory: Path) -> None:
+    kept = []
+
+    def in_child() -> None:
+        adapter = PCCheckAdapter(checkpoint_dir=directory / "run", **LITTLE_MEMORY)
+        scheduler = LayerwiseCheckpointScheduler(adapter.save_layers_batch)
+        for step in (1, 2):
+            scheduler.add_save_task("a", step, [torch.ones(1)])
+        kept.extend([adapter, scheduler])
+
+    child = Child(in_child, directory)
+    assert child.end() == 0
+    assert child.said() == ""
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000001", "step-00000002"]
+
+
+def test_a_forked_child_leaves_its_parents_saves_alone(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(1)])])
+
+    def in_child() -> None:
+        adapter.shutdown(0.0)
+        try:
+            adapter.save_layers_batch([SaveTask("b", 1, [torch.ones(1)])])
+        except RuntimeError as error:
+            print(error)
+
+    child = Child(in_child, directory)
+    assert child.end() == 0
+    assert "which this one was forked from" in child.said()
+    adapter.save_layers_batch([SaveTask("c", 1, [torch.ones(1)])])
+    adapter.shutdown()
+    info = CheckpointMetadataManager(directory / "run.chk").get_checkpoint_info("step_1")
+    assert list(info["layers"]) == ["a", "c"]
+
+
+# --- Arguments -----------------------------------------------------------------------------------
+
+
+def test_the_old_librarys_path_is_ignored_with_a_warning(open_adapter: OpenAdapter) -> None:
+    with pytest.warns(UserWarning, match="c_lib_path is ignored: the engine is built in"):
+        open_adapter(c_lib_path="/nowhere/libpccheck.so")
+
+
+def test_the_old_files_name_names_the_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory)
+    adapter = PCCheckAdapter(**LITTLE_MEMORY)
+    monkeypatch.chdir("/")
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(1)])])
+    adapter.shutdown()
+    assert os.listdir(directory) == ["layerwise_checkpoint"]
+    assert ModelRecovery(directory / "layerwise_checkpoint").verify("step_1")
+
+
+def test_staging_memory_on_a_device_is_not_needed_on_this_one(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    assert adapter.allocate_staging_buffer() is None
+    with pytest.raises(ValueError, match="size_mb must be a positive number"):
+        adapter.allocate_staging_buffer(0)
+
+
+def test_statistics_can_be_had_after_the_end_too(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 1)
+    running = adapter.stats()
+    adapter.shutdown()
+    assert adapter.stats() == running
+    assert running["checkpoints_committed"] == 1
