@@ -9,7 +9,9 @@
 #include "cpp/monitor.h"
 #include "cpp/monitor_process.h"
 
-int main(int argc, char** argv) {
+namespace {
+
+int serve(int argc, char** argv) {
   // What tells a whole job to end, or warns it that its time is running out, is not for the one who
   // has yet to save it: the monitor ends when its trainer has.
   for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGUSR1, SIGUSR2, SIGXCPU})
@@ -35,11 +37,21 @@ int main(int argc, char** argv) {
                      "committed in time\n",
                      argc > 1 ? argv[1] : "a run");
         std::fflush(stderr);
-        ::_exit(1);  // threads that hang in the disk cannot be waited for
+        ::_exit(1);  // here: threads that hang in the disk cannot be waited for
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "pccheck_ext: the monitor of %s gives up: %s\n",
                  argc > 1 ? argv[1] : "a run", error.what());
   }
   return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int status = serve(argc, argv);
+  std::fflush(stderr);
+  // At once: there is nothing to clear up, and whoever waits for the end of this process (a
+  // trainer, a lock) should not wait for what runtimes and sanitizers do at an exit.
+  ::_exit(status);
 }
