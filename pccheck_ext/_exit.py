@@ -20,6 +20,9 @@ class Drainable(Protocol):
     def shutdown(self, timeout_s: float | None = None) -> None:
         """In a forked child, which has it from its parent, this does nothing."""
 
+    def do_not_wait_at_exit(self) -> None:
+        """Sets `exit_timeout_s` to 0, and waits no longer where it is dropped either."""
+
 
 _open: weakref.WeakKeyDictionary[Drainable, None] = weakref.WeakKeyDictionary()
 
@@ -48,7 +51,11 @@ def drain_at_exit() -> None:
 def _drain() -> None:
     for one in reversed(list(_open)):  # a scheduler before the adapter that it hands layers to
         try:
-            one.shutdown(one.exit_timeout_s)
+            try:
+                one.shutdown(one.exit_timeout_s)
+            except KeyboardInterrupt:  # somebody will not wait; what is lost is said all the same
+                one.do_not_wait_at_exit()
+                one.shutdown(0.0)
         except Exception as error:  # the interpreter is ending: tell, and go on with the next
             print(f"pccheck_ext: at exit: {error}", file=sys.stderr)
     for failure in _C.close_chunks():

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,6 +20,20 @@ from typing import Any, NoReturn
 __all__ = ["Sigterm"]
 
 EXIT_STATUS = 128 + signal.SIGTERM
+
+
+# Those of this process, and, in a forked child, of its parents.
+_handlers: weakref.WeakSet[Sigterm] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    while any(one.restore() for one in list(_handlers)):
+        pass  # one trainer's handler was there before another's
+    _handlers.clear()
+
+
+# A child that waits in a system call would hear of a handler in Python only when that returns.
+os.register_at_fork(after_in_child=_disown)
 
 
 class Sigterm:
@@ -41,6 +56,7 @@ class Sigterm:
         self._ending = threading.Lock()
         self._owner = os.getpid()
         self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
+        _handlers.add(self)
 
     @property
     def received(self) -> bool:
@@ -53,8 +69,8 @@ class Sigterm:
         return max(0.0, self.deadline_s - since)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked child, a data loader's worker: not its business
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        if os.getpid() != self._owner:  # it came while the child was being made
+            self.restore()
             os.kill(os.getpid(), signal.SIGTERM)
             return
         if self._received_at is not None:
@@ -92,5 +108,13 @@ class Sigterm:
     def close(self) -> None:
         """Put back the handler that was there before."""
         self._over.set()
-        if os.getpid() == self._owner and signal.getsignal(signal.SIGTERM) == self._handle:
+        _handlers.discard(self)
+        if os.getpid() == self._owner:
+            self.restore()
+
+    def restore(self) -> bool:
+        """False where another handler has taken its place since."""
+        ours = signal.getsignal(signal.SIGTERM) == self._handle
+        if ours:
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        return ours

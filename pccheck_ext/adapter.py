@@ -172,7 +172,9 @@ class PCCheckAdapter:
         call has returned: its gates keep them as they are.
 
         Returns ``{"checkpoint_id", "layers", "bytes"}``: the layers' number and size in bytes.
-        Raises ValueError for a layer that this step has already, CheckpointError for what failed.
+        Raises ValueError for a layer that this step has already or that comes after its seal,
+        TypeError for a tensor that cannot be saved, of a step that then makes no checkpoint,
+        CheckpointError for what failed.
         """
         begun = self._current
         if begun is None and self._save_whole is not None:
@@ -215,7 +217,8 @@ class PCCheckAdapter:
 
         ``"auto"`` chooses by the state's size and the bandwidth seen so far. The state is the
         trainer's, or, alone, the newest layers that came by `save_layers_batch`: their tensors are
-        kept for it, and read as they are now. The bytes are the same for every count.
+        kept for it, and read as they are now. Their step is sealed by this. The bytes are the same
+        for every count.
 
         Returns ``{"checkpoint_id", "chunks", "bytes"}`` when the save is on its way. Raises
         ValueError for a name that cannot be or is there already, or for another step than that of
@@ -305,7 +308,7 @@ class PCCheckAdapter:
             except TimeoutError:
                 self.do_not_wait_at_exit()
                 raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
-            except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
+            except Exception:  # what has failed has ended; an interrupt leaves all as it is
                 self._close()
                 raise
             self._close()
@@ -361,6 +364,7 @@ class _LooseLayers:
     def __init__(self, adapter: PCCheckAdapter) -> None:
         self._adapter = adapter
         self._step: int | None = None
+        self._sealed: int | None = None
         self.ticket: Ticket | None = None  # not sealed yet
         self._layers: dict[str, dict[str, Any]] = {}  # the manifest's entries
         self._files = 0
@@ -370,6 +374,8 @@ class _LooseLayers:
         self._adapter.flight.raise_failures()
         size, name = 0, ""
         for step in dict.fromkeys(task.training_step for task in tasks):
+            if step == self._sealed:
+                raise ValueError(f"step {step} is sealed: no further layers of it can be saved")
             if step != self._step:
                 self.seal()
                 self._begin(step)
@@ -414,6 +420,7 @@ class _LooseLayers:
         ticket, self.ticket = self.ticket, None
         self._step = None
         if ticket is not None:
+            self._sealed = ticket.step
             ticket.seal(self._manifest(ticket, self._layers))
 
     def _manifest(self, ticket: Ticket, layers: dict[str, dict[str, Any]]) -> bytes:

@@ -178,6 +178,9 @@ class LayerwiseCheckpointScheduler:
             _exit.forget(self)
             _stop(self._pending)
 
+    def do_not_wait_at_exit(self) -> None:
+        self.exit_timeout_s = 0.0
+
     def get_statistics(self) -> dict[str, Any]:
         """Counts, bytes and seconds so far.
 

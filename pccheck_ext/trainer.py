@@ -429,13 +429,17 @@ class LayerwiseCheckpointTrainer:
         try:
             self.wait(timeout_s)
         except TimeoutError:
-            self.exit_timeout_s = 0.0
-            self.adapter.do_not_wait_at_exit()
+            self.do_not_wait_at_exit()
             raise
-        except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
+        except Exception:  # what has failed has ended; an interrupt leaves all as it is
             self._close()
             raise
         self._close()
+
+    def do_not_wait_at_exit(self) -> None:
+        """Nor when this is dropped: it has been waited for in vain."""
+        self.exit_timeout_s = 0.0
+        self.adapter.do_not_wait_at_exit()
 
     def _close(self) -> None:
         for hook in self._hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -224,6 +225,20 @@ def test_a_step_is_sealed_by_the_next_by_itself_and_at_the_end(
     adapter.save_layers_batch([SaveTask("a", 3, [torch.ones(2)])])
     adapter.shutdown()
     assert recovery.get_latest_checkpoint() == "step-00000003"
+
+
+def test_a_layer_that_comes_after_the_seal_is_refused(open_adapter: OpenAdapter) -> None:
+    adapter = open_adapter()
+    for seal in (
+        lambda step: adapter.finish_step(),
+        lambda step: adapter.save_entire_checkpoint_in_chunks(f"whole-{step}", step),
+    ):
+        step = len(adapter.metadata.list_checkpoints()) + 1
+        adapter.save_layers_batch([SaveTask("a", step, [torch.ones(2)])])
+        seal(step)
+        with pytest.raises(ValueError, match=f"step {step} is sealed"):
+            adapter.save_layers_batch([SaveTask("b", step, [torch.ones(2)])])
+        adapter.wait()
 
 
 @pytest.mark.parametrize("again", ["in the same batch", "later"])
@@ -688,6 +703,45 @@ def test_a_trainers_shutdown_times_out_too_and_can_be_gone_on_with(directory: Pa
     assert live.trainer.stats()["checkpoints_committed"] == 3
 
 
+def test_an_interrupt_leaves_a_shutdown_to_be_called_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = Live(Program(model=Plain), directory).run(2)
+
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.trainer.adapter.flight, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            live.trainer.shutdown()
+    live.run(3)
+    live.trainer.shutdown()
+    assert len(ModelRecovery(directory).list_checkpoints()) == 3
+
+
+def test_a_last_step_that_cannot_be_sealed_is_told_of_and_the_directory_let_go_of(
+    directory: Path,
+) -> None:
+    class Unwilling:
+        willing = True
+
+        def state_dict(self) -> dict[str, Any]:
+            return {} if self.willing else {"no": object()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    unwilling = Unwilling()
+    program = Program(model=Plain, extra=lambda live: {"unwilling": unwilling})
+    live = Live(program, directory).run(2)
+    unwilling.willing = False
+    with pytest.raises(TypeError, match=r"extra\.unwilling\.no"):
+        live.trainer.shutdown()
+    live.trainer.shutdown()
+    Live(program, directory).trainer.shutdown()  # which has the lock
+    assert len(ModelRecovery(directory).list_checkpoints()) == 1
+
+
 HANGING = """
 import os, signal, sys, torch
 from pccheck_ext import *
@@ -714,6 +768,10 @@ one.wait()
 print(session.monitor_process, flush=True)
 os.kill(session.monitor_process, signal.SIGSTOP)
 save(2)
+if sys.argv[3] == "interrupted":
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 5.0)  # while the exit waits
+    sys.exit()
 try:
     one.shutdown(0.05)
 except TimeoutError as error:
@@ -726,9 +784,17 @@ if sys.argv[3] == "dropped":
 """
 
 
-@pytest.mark.parametrize("ending", ["kept", "dropped"])
-@pytest.mark.parametrize("what", ["trainer", "adapter"])
-def test_after_a_shutdown_that_timed_out_the_process_ends_though_the_disk_still_hangs(
+@pytest.mark.parametrize(
+    ("what", "ending"),
+    [
+        ("trainer", "kept"),
+        ("trainer", "dropped"),
+        ("trainer", "interrupted"),
+        ("adapter", "kept"),
+        ("adapter", "dropped"),
+    ],
+)
+def test_after_a_shutdown_in_vain_the_process_ends_though_the_disk_still_hangs(
     what: str, ending: str, directory: Path
 ) -> None:
     run, output = directory / "run", directory / "output"
@@ -739,7 +805,8 @@ def test_after_a_shutdown_that_timed_out_the_process_ends_though_the_disk_still_
     monitor = int(said.split()[0])
     try:
         assert status == 0, said
-        assert "still in flight after 0.05 s: step-00000002" in said
+        in_vain = "still in flight after 0.05 s: step-00000002"
+        assert (in_vain in said) is (ending != "interrupted")
         lost = "still in flight after 0.0 s: step-00000002"
         assert said.count(lost) == 1
         assert f"pccheck_ext: {'' if ending == 'dropped' else 'at exit: '}{lost}" in said
@@ -759,26 +826,28 @@ def test_the_loop_may_save_the_whole_state_while_layers_come_from_another_thread
     directory: Path, open_adapter: OpenAdapter
 ) -> None:
     adapter = open_adapter(max_async=2)
-    steps = 60
-    tasks = [tasks_of(other(Plain), step) for step in range(1, steps + 1)]
+    tasks = [tasks_of(other(Plain), step) for step in range(1, 61)]
     saving = Running(lambda: [adapter.save_layers_batch([t]) for batch in tasks for t in batch])
     whole = 0
     while saving.is_alive():
-        steps_so_far = {task.training_step for task in [*adapter._loose._newest.values()]}
-        try:
-            adapter.save_entire_checkpoint_in_chunks(f"whole-{whole}", max(steps_so_far, default=1))
-            whole += 1
-        except ValueError:
-            pass  # it was between two steps, or is by now
+        newest = [task.training_step for task in [*adapter._loose._newest.values()]]
+        if len(newest) == len(tasks[0]):
+            with contextlib.suppress(ValueError):  # layers of the next step have come by now
+                adapter.save_entire_checkpoint_in_chunks(f"whole-{whole}", newest[-1])
+                whole += 1
         adapter.wait()
     saving.end()
     adapter.shutdown()
     recovery = ModelRecovery(directory / "run")
     names = recovery.list_checkpoints()
-    assert [n for n in names if n.startswith("whole")] == sorted(f"whole-{i}" for i in range(whole))
-    assert all(recovery.verify(name) for name in names)
-    # A whole save in the middle of a step seals that step's checkpoint; nothing else is lost.
-    assert recovery.get_latest_checkpoint() is not None
+    assert [name for name in names if name.startswith("step")] == [
+        f"step-{step:08d}" for step in range(1, 61)
+    ]
+    assert len(names) == 60 + whole
+    manager = CheckpointMetadataManager(directory / "run.chk")
+    for name in names:
+        assert recovery.verify(name)
+        assert len(manager.get_checkpoint_info(name)["layers"]) == 3
 
 
 def test_one_that_is_dropped_finishes_its_saves_and_says_so(directory: Path) -> None:

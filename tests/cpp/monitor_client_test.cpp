@@ -228,23 +228,66 @@ TEST_F(MonitorClientTest, WhatIsAddedAtTheEndAndALongManifestArrive) {
   CheckpointReader(run, name_of_step(1)).verify(1);
 }
 
-// The thread that sends looks at every checkpoint in flight, then at the queue of blocks. Many are
-// in flight here, so that the looking takes long, and meanwhile comes what it has not seen.
+// The thread that sends looks at every checkpoint in flight, then at the queue of blocks. So many
+// are in flight here that the looking takes long, and meanwhile comes what it has not seen.
 TEST_F(MonitorClientTest, NoBlockOvertakesWhatAnnouncesIt) {
-  Trainer trainer(run, {.slots = 600, .max_in_flight = 250, .keep_last = 1});
-  const State model = simple_state({10}, 1), extra = simple_state({10}, 2);
+  auto slots = std::make_unique<SharedSlots>(8 * kBlockBytes);
+  const SharedSlots& memory = *slots;
+  StagingPool pool(std::move(slots), kBlockBytes, [] {});
+  Doorbell pushed, popped;
+  BlockQueue full(pushed, popped);
+  const auto layout = Layout::of_files({{.name = "model.safetensors",
+                                         .header = {},
+                                         .grid_begin = 0,
+                                         .size_bytes = kBlockBytes,
+                                         .tensors = {}}},
+                                       kBlockBytes);
   std::vector<FileSpec> specs = simple_files({10});
   specs[0].name = "extra.safetensors";
-  const auto layout = Layout::make(specs, {.block_bytes = kBlockBytes, .layer_count = 1});
-  uint64_t begun = 0;
-  while (begun < 750 && !trainer.client().death()) {
-    const Ticket ticket = trainer.begin(++begun, model);
-    ticket->hand_over(0, model.hand_over(0));
-    ticket->seal(kManifest, Checkpoint::Addition{layout, extra.hand_over(0)});
+  const auto more = Layout::make(specs, {.block_bytes = kBlockBytes, .layer_count = 1});
+  const Bytes tensor(40);
+  std::vector<Ticket> tickets;
+  const std::unique_ptr<MonitorClient> client = start_client(run, memory);
+  const auto add = [&] {
+    const uint64_t step = tickets.size() + 1;
+    tickets.push_back(std::make_shared<Checkpoint>(identity_of(step), name_of_step(step), layout,
+                                                   nullptr, Checkpoint::Bells{[] {}, [] {}}));
+    client->add(tickets.back());
+    return tickets.back();
+  };
+  const auto push = [&](const Ticket& ticket, uint32_t file, size_t bytes) {
+    auto block = std::make_unique<Block>(ticket, file, 0, bytes, *pool.try_acquire());
+    block->filled = bytes;
+    full.push(std::move(block));
+  };
+  const auto all_came_back = [&] {
+    const auto until = in_a_minute();
+    while (pool.free_slots() < pool.slot_count() && !client->death() && Clock::now() < until)
+      std::this_thread::yield();
+    EXPECT_EQ(text_of(client->death()), "");
+    return pool.free_slots() == pool.slot_count();
+  };
+
+  client->start(full, pushed);
+  while (tickets.size() < 1000) add();
+  push(tickets.back(), 0, kBlockBytes);  // comes back when all of them have been announced
+  ASSERT_TRUE(all_came_back());
+  for (int time = 0; time < 20; ++time) {
+    client->look();
+    const Ticket late = add();
+    push(late, 0, kBlockBytes);
+    ASSERT_TRUE(all_came_back());
+    client->look();
+    late->seal(kManifest, Checkpoint::Addition{more, {{{tensor.data(), tensor.size()}}, {}, {}}});
+    push(late, 1, more->block_size(0, 0));
+    ASSERT_TRUE(all_came_back());
   }
-  EXPECT_TRUE(trainer.engine().wait_idle(in_a_minute()));
-  EXPECT_EQ(text_of(trainer.client().death()), "");
-  EXPECT_EQ(trainer.engine().counts().committed, begun);
+  for (const Ticket& ticket : tickets) {
+    ticket->fail(error_saying("enough"));
+    ticket->stop_staging();
+  }
+  client->look();
+  for (const Ticket& ticket : tickets) ASSERT_TRUE(ticket->wait_finished(in_a_minute()));
 }
 
 TEST_F(MonitorClientTest, LaterCheckpointsAreSetAside) {

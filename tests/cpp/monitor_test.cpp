@@ -113,30 +113,20 @@ class HandTrainer {
     say(Begin{ticket, identity_of(step), name_of_step(step), plans_of(*state.layout)});
   }
   // Puts a block into a slot and lends it.
-  void lend(uint64_t ticket, const State& state, uint32_t file, uint64_t block,
-            uint32_t first_file = 0, bool summed = true) {
-    const Layout& layout = *state.layout;
-    size_t slot = 0;
-    while (lent_.contains(slot)) ++slot;
-    ASSERT_LT((slot + 1) * kBlockBytes, slots_->bytes().size() + 1) << "no slot is free";
-    const Bytes whole = state.file(file);
-    const uint64_t offset = layout.block_offset(file, block);
-    const size_t bytes = layout.block_size(file, block);
-    const auto part = std::span(whole).subspan(offset, bytes);
-    std::ranges::copy(part, slots_->bytes().begin() + static_cast<ptrdiff_t>(slot * kBlockBytes));
-    lent_.insert(slot);
-    say(Staged{.ticket = ticket,
-               .file = first_file + file,
-               .block = block,
-               .bytes = bytes,
-               .slot = slot,
-               .crc = summed ? crc32c(0, part) : 0,
-               .summed = summed});
+  void lend(uint64_t ticket, const State& state, uint32_t file, uint64_t block) {
+    lend_part(ticket, *state.layout, state.file(file), file, block, Lending());
   }
-  void lend_all(uint64_t ticket, const State& state, uint32_t first_file = 0, bool summed = true) {
-    for (uint32_t file = 0; file < state.layout->files().size(); ++file)
+  struct Lending {
+    uint32_t first_file = 0;
+    bool summed = true;
+  };
+  void lend_all(uint64_t ticket, const State& state) { lend_all(ticket, state, Lending()); }
+  void lend_all(uint64_t ticket, const State& state, Lending how) {
+    for (uint32_t file = 0; file < state.layout->files().size(); ++file) {
+      const Bytes whole = state.file(file);
       for (uint64_t block = 0; block < state.layout->block_count(file); ++block)
-        lend(ticket, state, file, block, first_file, summed);
+        lend_part(ticket, *state.layout, whole, file, block, how);
+    }
   }
   void save(uint64_t ticket, uint64_t step, const State& state) {
     begin(ticket, step, state);
@@ -179,6 +169,24 @@ class HandTrainer {
       : slots_(std::in_place, slots * kBlockBytes),
         channel_(std::move(ends.first)),
         monitors_end_(std::move(ends.second)) {}
+
+  void lend_part(uint64_t ticket, const Layout& layout, const Bytes& whole, uint32_t file,
+                 uint64_t block, Lending how) {
+    size_t slot = 0;
+    while (lent_.contains(slot)) ++slot;
+    ASSERT_LE((slot + 1) * kBlockBytes, slots_->bytes().size()) << "no slot is free";
+    const size_t bytes = layout.block_size(file, block);
+    const auto part = std::span(whole).subspan(layout.block_offset(file, block), bytes);
+    std::ranges::copy(part, slots_->bytes().begin() + static_cast<ptrdiff_t>(slot * kBlockBytes));
+    lent_.insert(slot);
+    say(Staged{.ticket = ticket,
+               .file = how.first_file + file,
+               .block = block,
+               .bytes = bytes,
+               .slot = slot,
+               .crc = how.summed ? crc32c(0, part) : 0,
+               .summed = how.summed});
+  }
 
   void note(const Freed& freed) {
     EXPECT_TRUE(lent_.erase(freed.slot)) << "slot " << freed.slot << " was not lent";
@@ -250,7 +258,7 @@ TEST(Monitor, SumsBlocksThatTheTrainerHasNotSummed) {
   trainer.start();
   const State state = simple_state({3000, 1, 2000});
   trainer.begin(1, 1, state);
-  trainer.lend_all(1, state, 0, /*summed=*/false);
+  trainer.lend_all(1, state, {.summed = false});
   trainer.say(Seal{1, kManifest});
   EXPECT_TRUE(trainer.hear_a<Ended>().committed);
   trainer.expect_committed(1, state);
@@ -268,7 +276,7 @@ TEST(Monitor, TakesFilesThatAreKnownOnlyAtTheEnd) {
   trainer.begin(1, 1, model);
   trainer.lend_all(1, model);
   trainer.say(Addition{1, plans_of(*extra.layout)});
-  trainer.lend_all(1, extra, 1);
+  trainer.lend_all(1, extra, {.first_file = 1});
   trainer.say(Seal{1, kManifest});
   EXPECT_TRUE(trainer.hear_a<Ended>().committed);
   const std::string path = trainer.run() + "/" + name_of_step(1) + "/";
