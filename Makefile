@@ -29,7 +29,7 @@ cxx_files := $(wildcard $(foreach room,cpp cpp/bin cuda python tests/cpp,\
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench test-system lint types test-core test-cuda cuda-check test-disk \
+.PHONY: help demo test bench bench-arguments bench-monitor test-system lint types test-core test-cuda cuda-check test-disk \
   format clean distclean
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make test         the Python tests"
 	@echo "make test-system  lint, types, core tests under sanitizers, CUDA build; needs packages"
 	@echo "make bench        the figures of the README; needs fio"
+	@echo "make bench-arguments, bench-monitor   those of docs/tuning.md and docs/modes.md"
 	@echo "make format       formats all sources"
 	@echo "make clean        removes what was built; distclean: the environments, too"
 
@@ -50,6 +51,12 @@ bench: $(built)
 	@command -v fio >/dev/null || { \
 	  echo "make bench: fio is not installed (Debian, Ubuntu: apt-get install fio)" >&2; exit 1; }
 	$(py) bench/first_slice.py $(BENCH_ARGS)
+
+bench-arguments: $(built)
+	$(py) bench/arguments.py $(BENCH_ARGS)
+
+bench-monitor: $(built)
+	$(py) bench/monitor_stall.py $(BENCH_ARGS)
 
 test-system: lint types test-core test-cuda test-disk
 

@@ -4,7 +4,8 @@ Every argument is varied alone, from the default setting; its values run in turn
 that the shared machine meets them alike, and each is compared with the default beside it. Two
 figures for each value: the time from the call of step() to the commit, with nothing else to do; and
 the time of one step in a loop that does nothing but step, where every further checkpoint meets the
-one before it. Chunks are those of save_full_checkpoint(). `make bench-arguments` runs it.
+one before it. Chunks are those of save_full_checkpoint(), to new files. `make bench-arguments` runs
+it.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@
 
 namespace pccheck {
 Checkpoint::Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
-                       std::unique_ptr<Target> target, Bells bells)
+                       std::unique_ptr<Target> target, Bells bells, std::shared_ptr<Book> book)
     : identity_(identity),
       name_(std::move(name)),
       layout_(std::move(layout)),
       target_(std::move(target)),
       bells_(std::move(bells)),
+      book_(std::move(book)),
       handed_over_(layout_->layers().size()) {
   add_files(*layout_);
 }
@@ -237,6 +238,11 @@ uint64_t Checkpoint::written_bytes() const {
   return written_bytes_;
 }
 
+uint64_t Checkpoint::linked_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return linked_bytes_;
+}
+
 std::optional<Checkpoint::Work> Checkpoint::next_layer() {
   const std::lock_guard lock(mutex_);
   if (error_ || layers_taken_ == handed_over_.size() || !handed_over_[layers_taken_])
@@ -244,9 +250,9 @@ std::optional<Checkpoint::Work> Checkpoint::next_layer() {
   const size_t layer = layers_taken_++;
   HandOver* hand_over = &*handed_over_[layer];
   const size_t own = layout_->layers().size();
-  if (layer < own) return Work{&layout_->layers()[layer], layout_.get(), 0, layer == 0, hand_over};
+  if (layer < own) return Work{&layout_->layers()[layer], layout_.get(), 0, hand_over};
   const Added& added = added_[layer - own];
-  return Work{&added.layout->layers()[0], added.layout.get(), added.first_file, true, hand_over};
+  return Work{&added.layout->layers()[0], added.layout.get(), added.first_file, hand_over};
 }
 
 void Checkpoint::block_full() {
@@ -298,15 +304,17 @@ void Checkpoint::block_gone() {
   if (last) bells_.committer();
 }
 
+// The vector may grow, the states stay where they are.
+Checkpoint::FileState& Checkpoint::state_of(uint32_t file) const {
+  const std::lock_guard lock(mutex_);
+  return *files_.at(file);
+}
+
 File& Checkpoint::file(uint32_t index) {
-  FileState* state;
-  {
-    const std::lock_guard lock(mutex_);
-    state = files_[index].get();  // the vector may grow, the states stay where they are
-  }
+  FileState& state = state_of(index);
   const std::lock_guard lock(open_mutex_);
-  if (!state->file) state->file = target_->open(state->layout->files()[state->index_in_layout]);
-  return *state->file;
+  if (!state.file) state.file = target_->open(state.layout->files()[state.index_in_layout]);
+  return *state.file;
 }
 
 void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std::byte> bytes,
@@ -327,8 +335,14 @@ void Checkpoint::write_block(uint32_t index, uint64_t block, std::span<const std
     if (--files_[index]->blocks_left > 0) return;
   }
   opened.sync_data();
+  FileState& state = state_of(index);
+  if (!target_->publishes_open_files()) {
+    const std::lock_guard lock(open_mutex_);
+    state.file.reset();
+    state.closed = true;
+  }
   const std::lock_guard lock(mutex_);
-  files_[index]->synced = true;
+  state.synced = true;
 }
 
 bool Checkpoint::manifest_is_due() const {
@@ -371,11 +385,14 @@ bool Checkpoint::ready_to_discard() const {
 void Checkpoint::publish() {
   std::vector<PersistedFile> files;
   for (uint32_t i = 0; i < files_.size(); ++i) {
-    File& opened = file(i);  // opens one that has no block too
     FileState& state = *files_[i];
-    files.push_back({state.layout, &state.layout->files()[state.index_in_layout], &opened,
+    // Opens one that has no block too.
+    File* const opened = state.linked || state.closed ? nullptr : &file(i);
+    files.push_back({state.layout, &state.layout->files()[state.index_in_layout], opened,
                      std::move(state.block_sums)});
+    if (state.digest) files.back().digest = state.digest->whole;
   }
+  const std::shared_ptr<const Base> base = book_ ? as_base() : nullptr;
   begin_publishing();
   try {
     target_->publish(identity_, files, manifest_);
@@ -384,6 +401,8 @@ void Checkpoint::publish() {
     publishing_ = false;
     throw;
   }
+  // Before the acknowledgement: who has heard of it finds it in the book.
+  if (base) book_->enter(base);
   const std::lock_guard lock(mutex_);
   published_ = Clock::now();
 }
@@ -423,11 +442,16 @@ void Checkpoint::extend(std::shared_ptr<const Layout> layout) {
   add_layout(std::move(layout));
 }
 
+bool Checkpoint::has_file(uint32_t file) const {
+  const std::lock_guard lock(mutex_);
+  return file < files_.size();
+}
+
 bool Checkpoint::has_block(uint32_t file, uint64_t block, uint64_t bytes) const {
   const std::lock_guard lock(mutex_);
   if (file >= files_.size()) return false;
   const FileState& state = *files_[file];
-  return block < state.block_sums.size() &&
+  return !state.linked && block < state.block_sums.size() &&
          state.layout->block_size(state.index_in_layout, block) == bytes;
 }
 
@@ -450,15 +474,21 @@ void Checkpoint::block_written_elsewhere(uint64_t bytes) {
 
 void Checkpoint::published_elsewhere() {
   const std::lock_guard lock(mutex_);
+  if (const std::shared_ptr<const Base> base = book_ ? as_base() : nullptr) book_->enter(base);
   published_ = Clock::now();
 }
 
 void Checkpoint::failed_elsewhere(std::exception_ptr error) {
   {
+    // In one piece: publishing must not begin in between.
     const std::lock_guard lock(mutex_);
     publishing_ = false;
+    if (error_ || state_ != State::in_flight) return;
+    error_ = std::move(error);
   }
-  fail(std::move(error));
+  progress_.notify_all();
+  bells_.stager();
+  bells_.committer();
 }
 
 }  // namespace pccheck

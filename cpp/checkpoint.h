@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "cpp/book.h"
 #include "cpp/copier.h"
 #include "cpp/file.h"
 #include "cpp/format.h"
@@ -53,17 +54,30 @@ struct HandOver {
 struct PersistedFile {
   const Layout* layout;
   const PayloadFile* plan;
-  File* file;
+  File* file;  // null for one that is closed already
   std::vector<uint32_t> block_sums;
+  std::optional<Digest> digest = std::nullopt;  // where it is known
 };
 
-// Where a checkpoint goes: a directory of a run, or one file. Called by the writers (open) and the
-// committer (the others); one call at a time.
+// Where a checkpoint goes: a directory of a run, or one file. Called by the writers (open), the
+// stager (link) and the committer (the others); one call at a time.
 class Target {
  public:
   virtual ~Target() = default;
   // A file of the checkpoint, of its full size, ready to be written.
   virtual std::unique_ptr<File> open(const PayloadFile& plan) = 0;
+  // Instead of opening a file to be written: makes it the very file that the committed checkpoint
+  // `from` has under that name, which is of the same size and this digest. Returns the checksums of
+  // its blocks; nothing where that cannot be.
+  virtual std::optional<std::vector<uint32_t>> link(const Layout& /*layout*/,
+                                                    const PayloadFile& /*plan*/,
+                                                    const std::string& /*from*/,
+                                                    const Digest& /*digest*/) {
+    return std::nullopt;
+  }
+  // Whether publish() still writes to the files. Otherwise each is closed once it is durable: there
+  // may be more of them than a process may have open.
+  virtual bool publishes_open_files() const { return false; }
   // The manifest's file, of its full size, ready to be written; null where it has none of its own.
   virtual std::unique_ptr<File> open_manifest(size_t bytes) = 0;
   // With all files durable: makes the checkpoint complete, then visible. Returns only when both are
@@ -94,9 +108,10 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   };
 
   // `target` is null where another process persists: then neither the writers' nor the committer's
-  // part is called here. Where another process stages, the layout has no layers.
+  // part is called here. Where another process stages, the layout has no layers. What is known of
+  // the files of layers is entered in the book when the checkpoint is committed.
   Checkpoint(Identity identity, std::string name, std::shared_ptr<const Layout> layout,
-             std::unique_ptr<Target> target, Bells bells);
+             std::unique_ptr<Target> target, Bells bells, std::shared_ptr<Book> book = nullptr);
 
   const Identity& identity() const { return identity_; }
   const std::string& name() const { return name_; }
@@ -150,6 +165,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   const std::shared_ptr<const Layout>& layout() const { return layout_; }
   uint64_t payload_bytes() const;
   uint64_t written_bytes() const;  // of the payload, so far
+  uint64_t linked_bytes() const;   // of the payload: not written, but another checkpoint's too
 
   // -- the stager --------------------------------------------------------------------------------
 
@@ -157,7 +173,6 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
     const LayerPlan* plan;
     const Layout* layout;
     uint32_t first_file;  // of `layout`, among the checkpoint's files
-    bool is_first_of_layout;
     HandOver* hand_over;
   };
   // The next layer in layout order, if it was handed over.
@@ -169,6 +184,13 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   void layer_staged();
   bool staging_ended() const;  // sealed and everything staged
   void stop_staging();         // after a failure: nothing of it is being copied any more
+
+  // Instead of staging a file: makes it what the committed checkpoint `from` has, see Target::link.
+  // False where that cannot be, or the checkpoint has failed. Throws what is to fail it.
+  bool link(uint32_t file, const std::string& from, const FileDigest& digest);
+  bool may_link(uint32_t file) const;  // nothing of it has been staged
+  // What a file holds that has been staged.
+  void digested(uint32_t file, const FileDigest& digest);
 
   // -- the writers -------------------------------------------------------------------------------
 
@@ -196,11 +218,15 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
 
   // Where another process stages: more files, whose blocks are about to come.
   void extend(std::shared_ptr<const Layout> layout);
+  bool has_file(uint32_t file) const;
   bool has_block(uint32_t file, uint64_t block, uint64_t bytes) const;
 
-  // Where another process persists: what it needs of a sealed checkpoint...
+  // Where another process persists: a file that it has linked, ...
+  void linked_elsewhere(uint32_t file, const FileDigest& digest);
+  // ... what it needs of a sealed checkpoint...
   std::vector<std::shared_ptr<const Layout>> additions() const;
   std::span<const std::byte> manifest() const;
+  std::vector<std::pair<uint32_t, Digest>> digests() const;  // of files that were staged
   // ... and what came of it. A publication that was begun may fail by this alone.
   void block_written_elsewhere(uint64_t bytes);
   void published_elsewhere();
@@ -213,7 +239,10 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
     uint64_t blocks_left;
     bool synced = false;
     std::vector<uint32_t> block_sums;
-    std::unique_ptr<File> file = nullptr;  // guarded by open_mutex_
+    bool linked = false;
+    std::optional<FileDigest> digest = std::nullopt;
+    bool closed = false;  // guarded by open_mutex_, like what follows
+    std::unique_ptr<File> file = nullptr;
   };
 
   struct Added {
@@ -225,7 +254,10 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   void add_layout(std::shared_ptr<const Layout> layout);
   void require_fit(const Addition& addition) const;
   size_t layer_count() const;
+  FileState& state_of(uint32_t file) const;
   File& file(uint32_t index);
+  void mark_linked(FileState& file, const FileDigest& digest);
+  std::shared_ptr<const Base> as_base() const;
   void require_fit(const std::string& what, const LayerPlan& plan, const HandOver& hand_over) const;
   template <typename Condition>
   bool wait_at_gate(Clock::time_point until, Condition staged);
@@ -235,9 +267,11 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   const std::shared_ptr<const Layout> layout_;
   std::unique_ptr<Target> target_;  // null after retire() or discard()
   const Bells bells_;
+  const std::shared_ptr<Book> book_;  // may be null
   const Clock::time_point begun_ = Clock::now();
 
-  std::mutex open_mutex_;  // guards opening: I/O under it, so that only the first writer opens
+  // Guards opening, closing and linking: I/O under it, so that only the first writer opens.
+  std::mutex open_mutex_;
 
   mutable std::mutex mutex_;  // guards everything below
   mutable std::condition_variable progress_;
@@ -249,6 +283,7 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   size_t layers_staged_ = 0;
   size_t blocks_alive_ = 0;
   uint64_t written_bytes_ = 0;
+  uint64_t linked_bytes_ = 0;
   bool updating_ = false;
   bool has_full_block_ = false;
   bool hurry_ = false;

@@ -83,7 +83,9 @@ void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
       ++counts_.failed;
     } else {
       ++counts_.committed;
-      counts_.bytes += checkpoint.payload_bytes();
+      const uint64_t linked = checkpoint.linked_bytes();
+      counts_.bytes += checkpoint.payload_bytes() - linked;
+      counts_.bytes_linked += linked;
       counts_.last_durable_seconds = checkpoint.durable_seconds();
       counts_.durable_seconds += counts_.last_durable_seconds;
       counts_.last_committed_step = checkpoint.identity().step;

@@ -17,7 +17,8 @@ namespace pccheck {
 struct CommitCounts {
   uint64_t committed = 0;
   uint64_t failed = 0;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0;          // of payload, written
+  uint64_t bytes_linked = 0;   // of payload, shared with older checkpoints instead
   double durable_seconds = 0;  // summed, begin to commit
   double last_durable_seconds = 0;
   uint64_t last_committed_step = 0;

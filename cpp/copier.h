@@ -33,6 +33,9 @@ class Copier {
   // Whether submit() folds Piece::crc. If not, somebody else sums the slot once it is full.
   virtual bool sums_while_copying() const = 0;
 
+  // Whether the processor can read what pieces are copied from.
+  virtual bool sources_are_readable() const { return false; }
+
   // Starts copying; returns the submission's number, 1 and up. Submissions end in order. `ready`
   // may be null (the values are there already). Throws std::exception when the copy cannot be
   // started.

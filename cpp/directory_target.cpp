@@ -18,6 +18,16 @@ class DirectoryTarget final : public Target {
     return reuse_or_create(plan.name, plan.size_bytes);
   }
 
+  std::optional<std::vector<uint32_t>> link(const Layout& layout, const PayloadFile& plan,
+                                            const std::string& from,
+                                            const Digest& digest) override {
+    prepare();
+    auto linked = run_->link(from, plan, layout.block_bytes(), digest, *directory_);
+    if (!linked) return std::nullopt;
+    entries_changed_ = entries_changed_ || linked->made;
+    return std::move(linked->block_sums);
+  }
+
   std::unique_ptr<File> open_manifest(size_t bytes) override {
     prepare();  // a checkpoint without a single tensor has not opened anything
     return reuse_or_create(kManifestName, bytes);
@@ -32,7 +42,8 @@ class DirectoryTarget final : public Target {
                         .files = {}};
     for (PersistedFile& file : files) {
       checksums.block_bytes = file.layout->block_bytes();
-      checksums.files.push_back({file.plan->name, file.plan->size_bytes, file.block_sums});
+      checksums.files.push_back(
+          {file.plan->name, file.plan->size_bytes, file.block_sums, file.digest});
     }
     if (files.empty()) checksums.block_bytes = kDirectAlignment;
     remove_strangers(files);

@@ -16,11 +16,13 @@ EngineOptions checked(EngineOptions options) {
 }  // namespace
 
 Engine::Engine(EngineOptions options, std::unique_ptr<Copier> copier,
-               std::unique_ptr<SlotMemory> memory, std::unique_ptr<Persister> persister)
+               std::unique_ptr<SlotMemory> memory, std::unique_ptr<Persister> persister,
+               std::shared_ptr<Book> book)
     : options_(checked(options)),
       pool_(std::move(memory), options_.block_bytes, [this] { stager_bell_.ring(); }),
       copier_(std::move(copier)),
-      stager_(pool_, *copier_, full_),
+      book_(std::move(book)),
+      stager_(pool_, *copier_, full_, {persister.get(), book_.get()}),
       persister_(std::move(persister)),
       thread_(std::make_unique<WorkerThread>(stager_, stager_bell_, "pccheck-stage")) {
   persister_->start(full_, persister_bell_);
@@ -68,11 +70,13 @@ std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
   if (newest_ && newest_->in_a_hurry()) unspared_ = kUnsparedAfterAHurry;
   newest_ = std::make_shared<Checkpoint>(
       identity, std::move(name), std::move(layout), std::move(target),
-      Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }});
+      Checkpoint::Bells{[this] { stager_bell_.ring(); }, [this] { something_ended(); }}, book_);
   const bool on_processors = copier_->sums_while_copying();  // a device copies at no cost to it
   if (during_update && on_processors && unspared_ == 0) newest_->update_began();
   persister_->add(newest_);
   stager_.add(newest_);
+  // One that failed before the stager knew of it rang for nothing.
+  if (newest_->error()) stager_bell_.ring();
   return newest_;
 }
 

@@ -5,8 +5,9 @@
 //
 // Calls come from one thread at a time (the trainer's); the waits may come from any. Checkpoints
 // are staged and published in the order in which they were begun. Staging that somebody waits for
-// needs nothing but free slots, nothing waits for a checkpoint that is not sealed, so there is no
-// deadlock as long as the pool holds Layout::open_blocks() + 1 slots: begin() refuses less.
+// needs nothing but free slots and, to link what has not changed, the run's directory; nothing
+// waits for a checkpoint that is not sealed, so there is no deadlock as long as the pool holds
+// Layout::open_blocks() + 1 slots: begin() refuses less.
 #pragma once
 
 #include <chrono>
@@ -36,7 +37,8 @@ class Engine {
  public:
   // Starts the threads. Throws std::invalid_argument naming the option that cannot be.
   Engine(EngineOptions options, std::unique_ptr<Copier> copier, std::unique_ptr<SlotMemory> memory,
-         std::unique_ptr<Persister> persister);
+         std::unique_ptr<Persister> persister,
+         std::shared_ptr<Book> book = std::make_shared<Book>());
   // Checkpoints that were never sealed fail; the others are finished first.
   ~Engine();
 
@@ -65,6 +67,7 @@ class Engine {
   size_t staging_bytes() const { return pool_.slot_bytes() * pool_.slot_count(); }
   size_t free_slots() const { return pool_.free_slots(); }
   size_t slot_count() const { return pool_.slot_count(); }
+  uint64_t links_refused() const { return stager_.links_refused(); }  // files staged after all
   Copier& copier() { return *copier_; }
 
  private:
@@ -79,6 +82,7 @@ class Engine {
   StagingPool pool_;
   const std::unique_ptr<Copier> copier_;  // ends before the slots it may still be copying into
   BlockQueue full_{persister_bell_, stager_bell_};
+  const std::shared_ptr<Book> book_;
   Stager stager_;
   const std::unique_ptr<Persister> persister_;
   std::shared_ptr<Checkpoint> newest_;  // both the caller's thread only

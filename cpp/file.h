@@ -49,6 +49,9 @@ struct Entry {
 
 enum class LockMode { shared, exclusive };
 
+// What became of a wish for a hard link.
+enum class Link { impossible, made, was_there };
+
 class Directory {
  public:
   virtual ~Directory() = default;
@@ -62,6 +65,12 @@ class Directory {
   // Opens an existing file to be overwritten in place, or returns null where that could reach
   // somebody else: not a regular file, more than one link, locked, or open or mapped anywhere.
   virtual std::unique_ptr<File> reuse_file(const std::string& name) = 0;
+
+  // Makes `name` lead to the very file that `from` has under that name; another file of that name
+  // here is removed. Impossible, no error: `from` has no regular file of this size there, or the
+  // file system makes no link to it (its links are used up, or it is on another file system, or
+  // somebody else's).
+  virtual Link link_file(const std::string& name, Directory& from, uint64_t size_bytes) = 0;
 
   virtual std::unique_ptr<Directory> open_directory(const std::string& name) = 0;
   virtual std::unique_ptr<Directory> create_directory(const std::string& name) = 0;

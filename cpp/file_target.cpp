@@ -35,6 +35,8 @@ class FileTarget final : public Target {
     return file;
   }
 
+  bool publishes_open_files() const override { return true; }  // the checksums in its header
+
   std::unique_ptr<File> open_manifest(size_t) override { return nullptr; }
 
   void publish(const Identity&, std::vector<PersistedFile>& files,

@@ -12,12 +12,20 @@ namespace pccheck {
 namespace {
 
 constexpr std::string_view kMagic = "PCCKSUMS";
-constexpr uint64_t kVersion = 1;
+constexpr uint64_t kPlain = 1;
+constexpr uint64_t kWithDigests = 2;
+constexpr size_t kDigestBytes = 16;
 
 class Writer {
  public:
   void uint(uint64_t value, size_t width) {
     for (size_t i = 0; i < width; ++i) bytes_.push_back(static_cast<std::byte>(value >> (8 * i)));
+  }
+  void digest(const std::optional<Digest>& digest) {
+    uint(digest ? kDigestBytes : 0, 1);
+    if (!digest) return;
+    for (const uint64_t half : {digest->high, digest->low})  // as it is printed
+      for (size_t i = 8; i-- > 0;) bytes_.push_back(static_cast<std::byte>(half >> (8 * i)));
   }
   void raw(std::span<const std::byte> bytes) {
     bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
@@ -55,8 +63,19 @@ Id read_id(Reader& reader) {
   return id;
 }
 
+std::optional<Digest> read_digest(Reader& reader) {
+  const uint64_t bytes = reader.uint(1);
+  if (bytes == 0) return std::nullopt;
+  if (bytes != kDigestBytes)
+    throw CorruptCheckpoint("checksums.bin has a digest of " + std::to_string(bytes) + " bytes");
+  Digest digest;
+  for (uint64_t* const half : {&digest.high, &digest.low})
+    for (const std::byte byte : reader.raw(8)) *half = *half << 8 | std::to_integer<uint64_t>(byte);
+  return digest;
+}
+
 FileSums read_file(Reader& reader, uint64_t block_bytes) {
-  FileSums file;
+  FileSums file{};
   const auto name = reader.raw(reader.uint(2));
   file.name.assign(reinterpret_cast<const char*>(name.data()), name.size());
   // Names are used to open files: one component, nothing hidden.
@@ -76,9 +95,12 @@ FileSums read_file(Reader& reader, uint64_t block_bytes) {
 }  // namespace
 
 std::vector<std::byte> encode(const Checksums& checksums) {
+  // Without a digest it is written as it always was, for readers that know of none.
+  const bool with_digests =
+      std::ranges::any_of(checksums.files, [](const FileSums& file) { return !!file.digest; });
   Writer writer;
   writer.raw(kMagic);
-  writer.uint(kVersion, 4);
+  writer.uint(with_digests ? kWithDigests : kPlain, 4);
   writer.uint(checksums.block_bytes, 4);
   writer.uint(checksums.identity.step, 8);
   writer.raw(checksums.identity.run);
@@ -91,6 +113,7 @@ std::vector<std::byte> encode(const Checksums& checksums) {
     writer.raw(file.name);
     writer.uint(file.size_bytes, 8);
     for (const uint32_t crc : file.blocks) writer.uint(crc, 4);
+    if (with_digests) writer.digest(file.digest);
   }
   return writer.finish();
 }
@@ -104,10 +127,10 @@ Checksums decode_checksums(std::span<const std::byte> bytes) {
   if (crc32c(0, sealed) != get_uint(bytes.last(4)))
     throw CorruptCheckpoint("checksums.bin does not match its own checksum");
   const uint64_t version = reader.uint(4);
-  if (version != kVersion)
+  if (version != kPlain && version != kWithDigests)
     throw CorruptCheckpoint("checksums.bin has format version " + std::to_string(version) +
-                            "; this library reads version " + std::to_string(kVersion) +
-                            ": update pccheck_ext");
+                            "; this library reads versions " + std::to_string(kPlain) + " and " +
+                            std::to_string(kWithDigests) + ": update pccheck_ext");
   Checksums checksums{};
   checksums.block_bytes = reader.uint(4);
   if (checksums.block_bytes == 0 || checksums.block_bytes % kDirectAlignment != 0 ||
@@ -126,6 +149,7 @@ Checksums decode_checksums(std::span<const std::byte> bytes) {
   std::set<std::string> names;
   for (uint64_t i = 0; i < files; ++i) {
     checksums.files.push_back(read_file(reader, checksums.block_bytes));
+    if (version == kWithDigests) checksums.files.back().digest = read_digest(reader);
     if (!names.insert(checksums.files.back().name).second)
       throw CorruptCheckpoint("checksums.bin names a file twice");
   }

@@ -7,10 +7,13 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cpp/digest.h"
 
 namespace pccheck {
 
@@ -33,6 +36,7 @@ struct FileSums {
   std::string name;
   uint64_t size_bytes;
   std::vector<uint32_t> blocks;  // CRC32C of each, the last block as long as the file reaches
+  std::optional<Digest> digest = std::nullopt;  // of the whole file, where it is known
 };
 
 struct Checksums {

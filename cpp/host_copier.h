@@ -40,6 +40,7 @@ class StoreChoice {
 class HostCopier final : public Copier {
  public:
   bool sums_while_copying() const override { return true; }
+  bool sources_are_readable() const override { return true; }
   uint64_t submit(std::span<const Piece> pieces, ReadyMark* ready) override;
   bool done(uint64_t) override { return true; }
 

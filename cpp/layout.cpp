@@ -68,10 +68,16 @@ std::shared_ptr<const Layout> Layout::make(std::vector<FileSpec> files, LayoutOp
   if (options.chunk_count == 0) throw std::invalid_argument("chunk count must be at least 1");
   if (options.chunk_count > 1 && options.layer_count > 1)
     throw std::invalid_argument("chunks divide a save of the whole state, not one by layers");
+  if (options.chunk_count > 1 && options.files_of_layers)
+    throw std::invalid_argument("chunks divide files, not layers that have files of their own");
   if (options.layer_count == 0 && !files.empty())  // no layer would ever bring their headers
     throw std::invalid_argument("a layout of files must have at least 1 layer");
   std::shared_ptr<Layout> layout(new Layout(options));
-  for (FileSpec& file : files) layout->add_file(std::move(file));
+  for (FileSpec& file : files)
+    if (file.text.empty())
+      layout->add_file(std::move(file));
+    else
+      layout->add_text(std::move(file));
   layout->plan_layers();
   if (options.chunk_count > 1) layout->interleave_chunks();
   return layout;
@@ -87,6 +93,18 @@ std::shared_ptr<const Layout> Layout::of_files(std::vector<PayloadFile> files, s
   std::shared_ptr<Layout> layout(new Layout({.block_bytes = block_bytes, .layer_count = 0}));
   layout->files_ = std::move(files);
   return layout;
+}
+
+void Layout::add_text(FileSpec spec) {
+  if (!spec.tensors.empty() || !spec.metadata.empty() || options_.checksums_in_header)
+    throw std::invalid_argument(spec.name + " is a text and can hold nothing else");
+  PayloadFile file{.name = std::move(spec.name),
+                   .header = std::move(spec.text),
+                   .grid_begin = 0,
+                   .size_bytes = 0,
+                   .tensors = {}};
+  file.size_bytes = file.header.size();
+  files_.push_back(std::move(file));
 }
 
 void Layout::add_file(FileSpec spec) {
@@ -124,8 +142,10 @@ void Layout::add_file(FileSpec spec) {
     data_bytes += bytes;
   }
   // One block is open at the end of each width's filled range; the block two widths share stays
-  // open, besides, until the wider one has reached it.
-  if (!widths.empty()) open_blocks_ += 2 * widths.size() - 1;
+  // open, besides, until the wider one has reached it. A layer's own files are filled from front to
+  // back, one after the other.
+  if (!widths.empty())
+    open_blocks_ = options_.files_of_layers ? 1 : open_blocks_ + 2 * widths.size() - 1;
 
   safetensors::HeaderRequest request{.metadata = std::move(spec.metadata),
                                      .tensors = file.tensors,
@@ -140,9 +160,22 @@ void Layout::add_file(FileSpec spec) {
   files_.push_back(std::move(file));
 }
 
+// The layer that a file's header is staged with.
+uint32_t Layout::home_of(const PayloadFile& file) const {
+  if (!options_.files_of_layers || file.tensors.empty()) return 0;
+  const uint32_t layer = file.tensors.front().spec.layer;
+  for (const TensorExtent& tensor : file.tensors)
+    if (tensor.spec.layer != layer)
+      throw std::invalid_argument(file.name + " has tensors of layers " + std::to_string(layer) +
+                                  " and " + std::to_string(tensor.spec.layer) +
+                                  ": it is to belong to one");
+  return layer;
+}
+
 void Layout::plan_layers() {
   layers_.resize(options_.layer_count);
-  for (uint32_t f = 0; f < files_.size(); ++f)
+  for (uint32_t f = 0; f < files_.size(); ++f) {
+    layers_[home_of(files_[f])].files.push_back(f);
     for (uint32_t t = 0; t < files_[f].tensors.size(); ++t) {
       const TensorExtent& extent = files_[f].tensors[t];
       LayerPlan& layer = layers_[extent.spec.layer];
@@ -151,6 +184,7 @@ void Layout::plan_layers() {
       layer.source_bytes.push_back(extent.bytes);
       if (extent.bytes > 0) layer.runs.push_back({f, source, 0, extent.begin, extent.bytes});
     }
+  }
   // In file order, so that a block is filled, and can be summed, from front to back.
   for (LayerPlan& layer : layers_)
     std::stable_sort(layer.runs.begin(), layer.runs.end(), [](const Run& a, const Run& b) {

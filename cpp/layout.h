@@ -33,6 +33,8 @@ struct FileSpec {
   std::string name;  // inside the checkpoint's directory
   std::vector<std::pair<std::string, std::string>> metadata;
   std::vector<TensorSpec> tensors;
+  // If not empty: all that the file holds, word for word; it has no tensors and is no safetensors.
+  std::string text = {};
 };
 
 struct TensorExtent {
@@ -43,7 +45,9 @@ struct TensorExtent {
 
 struct PayloadFile {
   std::string name;
-  std::string header;   // length prefix, JSON and padding: the bytes before the first tensor
+  // Length prefix, JSON and padding: the bytes before the first tensor. Or a text, and nothing
+  // else.
+  std::string header;
   uint64_t grid_begin;  // where block 0 begins: 0, or data_begin() where the header is not staged
   uint64_t size_bytes;
   std::vector<TensorExtent> tensors;  // in the order they were given
@@ -69,6 +73,7 @@ struct LayerPlan {
   std::vector<TensorRef> tensors;      // in the order they were given
   std::vector<uint64_t> source_bytes;  // of each
   std::vector<Run> runs;               // in the order they are staged
+  std::vector<uint32_t> files;         // whose headers are staged with it
 };
 
 struct LayoutOptions {
@@ -80,6 +85,10 @@ struct LayoutOptions {
   // For a file that stands alone, without checksums.bin beside it: reserves room in the header for
   // the checksums and leaves the header out of the blocks.
   bool checksums_in_header = false;
+  // Each file belongs wholly to one layer (those without tensors to the first): a file that has not
+  // changed can be left out of a save, and be what another checkpoint has. Staging fills one file
+  // after the other. Otherwise all headers come with the first layer.
+  bool files_of_layers = false;
 };
 
 class Layout {
@@ -92,6 +101,7 @@ class Layout {
   static std::shared_ptr<const Layout> of_files(std::vector<PayloadFile> files, size_t block_bytes);
 
   size_t block_bytes() const { return options_.block_bytes; }
+  bool files_of_layers() const { return options_.files_of_layers; }
   const std::vector<PayloadFile>& files() const { return files_; }
   const std::vector<LayerPlan>& layers() const { return layers_; }
   const TensorExtent& tensor(TensorRef ref) const { return files_[ref.file].tensors[ref.tensor]; }
@@ -107,6 +117,8 @@ class Layout {
  private:
   explicit Layout(LayoutOptions options) : options_(options) {}
   void add_file(FileSpec spec);
+  void add_text(FileSpec spec);
+  uint32_t home_of(const PayloadFile& file) const;
   void plan_layers();
   void interleave_chunks();
 

@@ -17,6 +17,10 @@ class LocalPersister final : public Persister {
   void add(std::shared_ptr<Checkpoint> checkpoint) override;
   size_t in_flight() const override { return committer_.in_flight(); }
   CommitCounts counts() const override { return committer_.counts(); }
+  bool link(const std::shared_ptr<Checkpoint>& checkpoint, uint32_t file, const std::string& from,
+            const FileDigest& digest) override {
+    return checkpoint->link(file, from, digest);
+  }
   void look() override { committer_bell_.ring(); }
   std::exception_ptr refusal() const override { return committer_.outcome_unknown(); }
   std::optional<std::string> take_complaint() override { return committer_.take_complaint(); }

@@ -120,9 +120,25 @@ void both(auto& archive, M& m) {
   archive(m.ticket), archive(m.file), archive(m.block), archive(m.bytes), archive(m.slot);
   archive(m.crc), archive(m.summed);
 }
+template <Is<Digest> M>
+void both(auto& archive, M& m) {
+  archive(m.low), archive(m.high);
+}
+template <Is<DigestOf> M>
+void both(auto& archive, M& m) {
+  archive(m.file), both(archive, m.digest);
+}
 template <Is<Seal> M>
 void both(auto& archive, M& m) {
-  archive(m.ticket), archive(m.manifest);
+  archive(m.ticket), archive(m.manifest), archive.each(m.digests);
+}
+template <Is<Link> M>
+void both(auto& archive, M& m) {
+  archive(m.ticket), archive(m.file), archive(m.from), both(archive, m.digest);
+}
+template <Is<Linked> M>
+void both(auto& archive, M& m) {
+  archive(m.linked);
 }
 template <Is<Abandon> M>
 void both(auto& archive, M& m) {

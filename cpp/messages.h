@@ -4,8 +4,8 @@
 //
 // A checkpoint is known by its ticket's number. Its life, as the two see it:
 //
-//   trainer  Begin, Staged ... [Addition, Staged ...] Seal       or, after a failure, Abandon
-//   monitor  Freed ...         [Failing]                         Ended
+//   trainer  Begin, [Link,] Staged ... [Addition, Staged ...] Seal   or, after a failure, Abandon
+//   monitor          Linked Freed ...  [Failing]                     Ended
 //
 // Nothing of a ticket follows its Seal or Abandon; nothing follows its Ended. A checkpoint whose
 // Seal has arrived needs the trainer no more.
@@ -21,7 +21,7 @@
 
 namespace pccheck::messages {
 
-inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kVersion = 2;
 
 // A payload file as far as a writer has to know it.
 struct FilePlan {
@@ -76,9 +76,16 @@ struct Staged {  // a block is full: the slot is the monitor's until Freed
   bool summed = false;  // whether `crc` is that of the whole block
 };
 
+struct DigestOf {
+  uint32_t file = 0;
+  Digest digest;
+  bool operator==(const DigestOf&) const = default;
+};
+
 struct Seal {
   uint64_t ticket = 0;
   std::vector<std::byte> manifest;
+  std::vector<DigestOf> digests = {};  // of staged files, where they are known
 };
 
 struct Abandon {
@@ -92,6 +99,13 @@ struct SetAside {  // answered by Names
 
 struct Keep {  // as RunDirectory::keep
   std::vector<uint64_t> steps;
+};
+
+struct Link {  // as Checkpoint::link, instead of any block of the file; answered by Linked
+  uint64_t ticket = 0;
+  uint32_t file = 0;
+  std::string from;
+  Digest digest;
 };
 
 struct Close {};  // answered by Closed, once everything sealed has been committed
@@ -133,9 +147,14 @@ struct Closed {
   std::string complaint;  // empty: none
 };
 
+struct Linked {
+  bool linked = false;  // false: the file has to be staged
+};
+
 using FromTrainer =
-    std::variant<Hello, Begin, Addition, Staged, Seal, Abandon, SetAside, Keep, Close>;
-using FromMonitor = std::variant<Ready, Refused, Freed, Failing, Ended, Names, Complaint, Closed>;
+    std::variant<Hello, Begin, Addition, Staged, Seal, Abandon, SetAside, Keep, Close, Link>;
+using FromMonitor =
+    std::variant<Ready, Refused, Freed, Failing, Ended, Names, Complaint, Closed, Linked>;
 
 std::vector<std::byte> encode(const FromTrainer& message);
 std::vector<std::byte> encode(const FromMonitor& message);

@@ -209,8 +209,10 @@ void Monitor::take(messages::FromTrainer message) {
     find(addition->ticket).extend(Layout::of_files(files_of(addition->files), hello_.block_bytes));
   } else if (const auto* staged = std::get_if<messages::Staged>(&message)) {
     take_block(*staged);
+  } else if (const auto* link = std::get_if<messages::Link>(&message)) {
+    this->link(*link);
   } else if (auto* seal = std::get_if<messages::Seal>(&message)) {
-    find(seal->ticket).seal(std::move(seal->manifest), std::nullopt);
+    this->seal(std::move(*seal));
     persister_->look();  // one that has failed already waits for this, and does not ring
   } else if (const auto* abandon = std::get_if<messages::Abandon>(&message)) {
     Checkpoint& checkpoint = find(abandon->ticket);
@@ -244,6 +246,29 @@ void Monitor::take_block(const messages::Staged& staged) {
   block->summed = staged.summed ? staged.bytes : 0;
   block->crc = staged.crc;
   full_.push(std::move(block));
+}
+
+void Monitor::link(const messages::Link& link) {
+  Checkpoint& checkpoint = find(link.ticket);
+  require(checkpoint.may_link(link.file), "a link that cannot be");
+  bool linked = false;
+  try {
+    linked = checkpoint.link(link.file, link.from, {link.digest});
+  } catch (const std::exception&) {
+    checkpoint.fail(std::current_exception());
+  }
+  // A refusal may come from a commit that the trainer has not heard of: what that has, it may wish.
+  if (!linked) tell_what_happened();
+  say(messages::Linked{linked});
+}
+
+void Monitor::seal(messages::Seal seal) {
+  Checkpoint& checkpoint = find(seal.ticket);
+  for (const auto& [file, digest] : seal.digests) {
+    require(checkpoint.has_file(file), "the digest of a file that is none");
+    checkpoint.digested(file, {digest});
+  }
+  checkpoint.seal(std::move(seal.manifest), std::nullopt);
 }
 
 void Monitor::tell_what_happened() {

@@ -66,6 +66,8 @@ class Monitor {
   bool receive_all();
   void take(messages::FromTrainer message);
   void take_block(const messages::Staged& staged);
+  void link(const messages::Link& link);
+  void seal(messages::Seal seal);
   Checkpoint& find(uint64_t ticket);
   std::vector<PayloadFile> files_of(const std::vector<messages::FilePlan>& plans) const;
   void tell_what_happened();

@@ -156,6 +156,28 @@ CommitCounts MonitorClient::counts() const {
   return counts_;
 }
 
+// Asked by the sender, which knows what the monitor has heard of the checkpoint.
+bool MonitorClient::link(const std::shared_ptr<Checkpoint>& checkpoint, uint32_t file,
+                         const std::string& from, const FileDigest& digest) {
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = std::ranges::find(in_flight_, checkpoint, &InFlight::checkpoint);
+    if (found == in_flight_.end()) return false;
+    wish_granted_.reset();
+    wish_ = messages::Link{found->ticket, file, from, digest.whole};
+  }
+  bell_->ring();
+  bool granted;
+  {
+    std::unique_lock lock(mutex_);
+    answered_.wait(lock, [&] { return wish_granted_ || death_; });
+    wish_.reset();
+    granted = wish_granted_.value_or(false);
+  }
+  if (granted) checkpoint->linked_elsewhere(file, digest);
+  return granted;
+}
+
 void MonitorClient::look() { bell_->ring(); }
 
 std::exception_ptr MonitorClient::refusal() const {
@@ -216,12 +238,11 @@ bool MonitorClient::send_one() noexcept {
     std::vector<InFlight> staged;
     const bool dead = death() != nullptr;  // then there is nobody to tell, but blocks to let go of
     for (const InFlight& one : snapshot()) {
-      if (finish(one)) return true;
-      if (dead) continue;
-      if (announce(one)) return true;
+      if (finish(one) || (!dead && announce(one))) return true;
       if (!one.over && (one.checkpoint->staging_ended() || one.checkpoint->error()))
         staged.push_back(one);
     }
+    if (ask_for_link()) return true;
     if (std::unique_ptr<Block> block = full_->try_pop()) {
       send_block(std::move(block));
       return true;
@@ -257,8 +278,8 @@ bool MonitorClient::announce(const InFlight& one) {
   return true;
 }
 
-// With everything sent that has to precede its blocks. It may have been begun, or have got files
-// more, after send_one() looked at what is in flight and before it took the block.
+// With everything sent that has to precede its blocks and links. It may have been begun, or have
+// got files more, after send_one() looked at what is in flight and before it took the block.
 std::optional<MonitorClient::InFlight> MonitorClient::announced(const Checkpoint& checkpoint) {
   while (true) {
     std::optional<InFlight> one;
@@ -271,6 +292,25 @@ std::optional<MonitorClient::InFlight> MonitorClient::announced(const Checkpoint
     }
     if (!announce(*one)) return one;
   }
+}
+
+bool MonitorClient::ask_for_link() {
+  std::shared_ptr<Checkpoint> checkpoint;
+  std::optional<messages::Link> wish;
+  {
+    const std::lock_guard lock(mutex_);
+    wish = std::exchange(wish_, std::nullopt);
+    if (!wish) return false;
+    const InFlight* const found = find(wish->ticket);
+    if (found == nullptr || found->over) {  // failed meanwhile: the monitor knows it no more
+      wish_granted_ = false;
+      answered_.notify_all();
+      return true;
+    }
+    checkpoint = found->checkpoint;
+  }
+  if (announced(*checkpoint)) send(*wish);
+  return true;
 }
 
 void MonitorClient::send_block(std::unique_ptr<Block> block) {
@@ -305,7 +345,9 @@ bool MonitorClient::send_end(const InFlight& one) {
       return true;  // looked at again, as a failed one
     }
     const std::span<const std::byte> manifest = checkpoint.manifest();
-    send(messages::Seal{one.ticket, {manifest.begin(), manifest.end()}});
+    messages::Seal seal{one.ticket, {manifest.begin(), manifest.end()}};
+    for (const auto& [file, digest] : checkpoint.digests()) seal.digests.push_back({file, digest});
+    send(seal);
   } else {
     send(messages::Abandon{one.ticket, messages::failure_of(checkpoint.error()).text});
   }
@@ -326,7 +368,9 @@ bool MonitorClient::finish(const InFlight& one) {
     std::erase_if(in_flight_, [&](const InFlight& other) { return other.ticket == one.ticket; });
     if (committed) {
       ++counts_.committed;
-      counts_.bytes += checkpoint.payload_bytes();
+      const uint64_t linked = checkpoint.linked_bytes();
+      counts_.bytes += checkpoint.payload_bytes() - linked;
+      counts_.bytes_linked += linked;
       counts_.last_durable_seconds = checkpoint.durable_seconds();
       counts_.durable_seconds += counts_.last_durable_seconds;
       counts_.last_committed_step = checkpoint.identity().step;
@@ -391,6 +435,9 @@ void MonitorClient::take(const messages::FromMonitor& message) {
         if (ended->outcome_unknown)
           outcome_unknown_ = std::make_exception_ptr(OutcomeUnknown(ended->failure.text));
       }
+    } else if (const auto* linked = std::get_if<messages::Linked>(&message)) {
+      wish_granted_ = linked->linked;
+      answered_.notify_all();
     } else if (const auto* complaint = std::get_if<messages::Complaint>(&message)) {
       if (!complaint_) complaint_ = complaint->text;
     } else {

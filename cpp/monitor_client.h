@@ -63,6 +63,8 @@ class MonitorClient final : public Persister {
   void add(std::shared_ptr<Checkpoint> checkpoint) override;
   size_t in_flight() const override;
   CommitCounts counts() const override;
+  bool link(const std::shared_ptr<Checkpoint>& checkpoint, uint32_t file, const std::string& from,
+            const FileDigest& digest) override;
   void look() override;
   std::exception_ptr refusal() const override;
   std::optional<std::string> take_complaint() override;
@@ -100,6 +102,7 @@ class MonitorClient final : public Persister {
   std::vector<InFlight> snapshot() const;
   bool announce(const InFlight& one);
   bool finish(const InFlight& one);
+  bool ask_for_link();
   bool send_end(const InFlight& one);
   void send_block(std::unique_ptr<Block> block);
   std::optional<InFlight> announced(const Checkpoint& checkpoint);
@@ -125,6 +128,8 @@ class MonitorClient final : public Persister {
   CommitCounts counts_;
   uint64_t last_sealed_step_ = 0;
   std::optional<messages::FromMonitor> answer_;
+  std::optional<messages::Link> wish_;  // of the stager's, not sent yet
+  std::optional<bool> wish_granted_;
   std::optional<std::string> complaint_;
   std::exception_ptr outcome_unknown_;
   std::exception_ptr death_;

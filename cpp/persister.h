@@ -29,6 +29,14 @@ class Persister {
   virtual size_t in_flight() const = 0;
   virtual CommitCounts counts() const = 0;
 
+  // The stager's thread: instead of staging a file of a layer, makes it what a committed checkpoint
+  // has, see Checkpoint::link. Waits for the outcome. False where that cannot be: then it is
+  // staged. Throws what is to fail the checkpoint.
+  virtual bool link(const std::shared_ptr<Checkpoint>& /*checkpoint*/, uint32_t /*file*/,
+                    const std::string& /*from*/, const FileDigest& /*digest*/) {
+    return false;
+  }
+
   // Something of a checkpoint has changed that may give this one something to do. Never waits.
   virtual void look() = 0;
 

@@ -70,6 +70,30 @@ class PosixDirectory final : public Directory {
     return open_posix_file(fd_.get(), path_, name, PosixOpen::reuse);
   }
 
+  Link link_file(const std::string& name, Directory& from, uint64_t size_bytes) override {
+    require_single_component(name);
+    auto& other = dynamic_cast<PosixDirectory&>(from);
+    const std::optional<struct stat> wanted = other.look_at(name);
+    if (!wanted || !S_ISREG(wanted->st_mode) ||
+        static_cast<uint64_t>(wanted->st_size) != size_bytes)
+      return Link::impossible;
+    if (const std::optional<struct stat> there = look_at(name)) {
+      if (is_same(*there, *wanted)) return Link::was_there;
+      remove_file(name);
+    }
+    // Without AT_SYMLINK_FOLLOW: a symbolic link that was put in the file's place after the look at
+    // it is linked itself, which shows below.
+    if (::linkat(other.fd_.get(), name.c_str(), fd_.get(), name.c_str(), 0) != 0) {
+      for (const int code : {EMLINK, EPERM, EXDEV, EOPNOTSUPP, ENOENT})
+        if (errno == code) return Link::impossible;
+      throw_errno("link " + other.path_ + "/" + name + " -> " + path_ + "/" + name);
+    }
+    const std::optional<struct stat> made = look_at(name);
+    if (made && is_same(*made, *wanted)) return Link::made;
+    remove_file(name);
+    return Link::impossible;
+  }
+
   std::unique_ptr<Directory> open_directory(const std::string& name) override {
     require_single_component(name);
     const std::string child = path_ + "/" + name;
@@ -87,10 +111,7 @@ class PosixDirectory final : public Directory {
 
   bool exists(const std::string& name) override {
     require_single_component(name);
-    struct stat status{};
-    if (::fstatat(fd_.get(), name.c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0) return true;
-    if (errno != ENOENT) throw_errno("stat " + path_ + "/" + name);
-    return false;
+    return look_at(name).has_value();
   }
 
   void rename(const std::string& from, const std::string& to) override {
@@ -149,7 +170,7 @@ class PosixDirectory final : public Directory {
     struct stat by_name{}, by_descriptor{};
     if (::fstat(opened.fd_.get(), &by_descriptor) != 0) throw_errno("fstat " + opened.path_);
     if (::fstatat(fd_.get(), name.c_str(), &by_name, AT_SYMLINK_NOFOLLOW) != 0) return false;
-    return by_name.st_ino == by_descriptor.st_ino && by_name.st_dev == by_descriptor.st_dev;
+    return is_same(by_name, by_descriptor);
   }
 
   std::unique_ptr<File> try_lock_file(const std::string& name) override {
@@ -167,6 +188,17 @@ class PosixDirectory final : public Directory {
   }
 
  private:
+  std::optional<struct stat> look_at(const std::string& name) const {
+    struct stat status{};
+    if (::fstatat(fd_.get(), name.c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0) return status;
+    if (errno != ENOENT) throw_errno("stat " + path_ + "/" + name);
+    return std::nullopt;
+  }
+
+  static bool is_same(const struct stat& one, const struct stat& other) {
+    return one.st_ino == other.st_ino && one.st_dev == other.st_dev;
+  }
+
   EntryKind kind_of(const std::string& name) const {
     struct stat status{};
     if (::fstatat(fd_.get(), name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0)

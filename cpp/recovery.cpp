@@ -22,6 +22,34 @@ namespace {
 // How many blocks reading with so many threads has in memory: one more than are read at a time.
 size_t buffers_for(unsigned threads) { return std::max<size_t>(threads, 1) + 1; }
 
+// How many files of a checkpoint are kept open, each with two descriptors. Of those who have less
+// than 1024 in all, the checkpoints of others are not to take them all.
+constexpr size_t kFilesKeptOpen = 100;
+
+// A file that is opened for each reading: where there are many, they are small.
+class OpenedOnDemand final : public File {
+ public:
+  OpenedOnDemand(Directory& directory, std::string name)
+      : directory_(directory), name_(std::move(name)), size_bytes_(open()->size_bytes()) {}
+
+  void pread(std::span<std::byte> into, uint64_t offset) override { open()->pread(into, offset); }
+  uint64_t size_bytes() override { return size_bytes_; }
+  bool is_direct() const override { return false; }
+
+  void pwrite(std::span<const std::byte>, uint64_t) override { refuse(); }
+  void allocate(uint64_t) override { refuse(); }
+  void sync_data() override { refuse(); }
+
+ private:
+  std::unique_ptr<File> open() const { return directory_.open_file(name_); }
+
+  [[noreturn]] void refuse() const { throw std::logic_error(name_ + " is open to be read"); }
+
+  Directory& directory_;
+  const std::string name_;
+  const uint64_t size_bytes_;
+};
+
 }  // namespace
 
 // The first blocks of a file, each in a buffer of its own, one after the other.
@@ -340,7 +368,11 @@ CheckpointReader::CheckpointReader(const std::string& run_path, const std::strin
       crc32c(0, manifest_) != checksums_.manifest_crc)
     throw CorruptCheckpoint(path() + "/" + kManifestName + " does not match its checksum");
   for (const FileSums& sums : checksums_.files) {
-    files_.push_back(directory_->open_file(sums.name));
+    if (files_.size() < kFilesKeptOpen)
+      files_.push_back(directory_->open_file(sums.name));
+    else
+      files_.push_back(std::make_unique<OpenedOnDemand>(*directory_, sums.name));
+    verified_.emplace_back(sums.blocks.size());
     if (const uint64_t size = files_.back()->size_bytes(); size != sums.size_bytes)
       throw CorruptCheckpoint(path() + "/" + sums.name + " has " + std::to_string(size) +
                               " bytes, not " + std::to_string(sums.size_bytes));
@@ -370,6 +402,8 @@ void CheckpointReader::read(std::vector<ReadRequest> requests, unsigned threads)
   if (ahead_ && !tasks.empty() && tasks.front().file->file == ahead_->file())
     ahead = std::move(ahead_);
   run_tasks(tasks, threads, ahead.get(), &bytes_read_);
+  for (const BlockTask& task : tasks)
+    verified_[static_cast<size_t>(task.file - files.data())][task.index] = true;
 }
 
 void CheckpointReader::verify(unsigned threads) const {
@@ -379,6 +413,16 @@ void CheckpointReader::verify(unsigned threads) const {
     for (uint64_t index = 0; index < file.block_sums.size(); ++index)
       tasks.push_back({&file, index, {}});
   run_tasks(tasks, threads, nullptr, &bytes_read_);
+}
+
+void CheckpointReader::verify_rest(unsigned threads) {
+  const std::vector<VerifiedFile> files = verified_files();
+  std::vector<BlockTask> tasks;
+  for (size_t f = 0; f < files.size(); ++f)
+    for (uint64_t index = 0; index < verified_[f].size(); ++index)
+      if (!verified_[f][index]) tasks.push_back({&files[f], index, {}});
+  run_tasks(tasks, threads, nullptr, &bytes_read_);
+  for (std::vector<bool>& blocks : verified_) blocks.assign(blocks.size(), true);
 }
 
 }  // namespace pccheck

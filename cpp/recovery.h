@@ -64,7 +64,10 @@ class CheckpointReader {
   // Reads everything.
   void verify(unsigned threads) const;
 
-  // How much read() and verify() have read and checked so far. Any thread.
+  // Reads what read() has not: then everything is verified. Throws CorruptCheckpoint.
+  void verify_rest(unsigned threads);
+
+  // How much has been read and checked so far. Any thread.
   uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
 
  private:
@@ -74,6 +77,7 @@ class CheckpointReader {
   Checksums checksums_;
   std::vector<std::byte> manifest_;
   std::vector<std::unique_ptr<File>> files_;
+  std::vector<std::vector<bool>> verified_;       // blocks, by file
   std::unique_ptr<ReadAhead> ahead_;              // reads from one of the files
   mutable std::atomic<uint64_t> bytes_read_ = 0;  // relaxed: only looked at
 };

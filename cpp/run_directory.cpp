@@ -17,7 +17,7 @@ constexpr size_t kStepDigits = 8;
 bool is_checkpoint_file(const Entry& entry) {
   return entry.kind == EntryKind::file &&
          (entry.name == kManifestName || entry.name == kChecksumsName ||
-          entry.name.ends_with(".safetensors"));
+          entry.name.ends_with(".safetensors") || entry.name.ends_with(".safetensors.index.json"));
 }
 
 bool holds_only_checkpoint_files(Directory& directory) {
@@ -110,6 +110,7 @@ void RunDirectory::publish(const std::string& name, Directory& partial) {
   partial.unlock();  // readers lock it shared from the moment they can see it
   directory_->rename(name + kPartialSuffix, name);
   under_way_.erase(name);
+  if (linked_to_ && linked_to_->name == name) linked_to_.reset();  // the name's seal is another now
   try {
     directory_->sync();
   } catch (const std::exception& error) {
@@ -118,6 +119,43 @@ void RunDirectory::publish(const std::string& name, Directory& partial) {
                          error.what() + "); nothing more is written to this directory");
   }
   if (const auto step = step_of_name(name)) committed_.insert(*step);
+}
+
+// With the directory's entries guarded: what is found committed under its name stays so until the
+// link is made. Null for what is no checkpoint, or a damaged one.
+const RunDirectory::Sealed* RunDirectory::find_sealed(const std::string& name) {
+  if (linked_to_ && linked_to_->name == name && directory_->leads_to(name, *linked_to_->directory))
+    return &*linked_to_;
+  linked_to_.reset();
+  if (name.ends_with(kPartialSuffix) || name.find(kStaleSuffix) != std::string::npos)
+    return nullptr;
+  try {
+    Sealed found{name, directory_->open_directory(name), 0, {}};
+    Checksums sums =
+        decode_checksums(read_whole(*found.directory, kChecksumsName, kMaxChecksumsBytes));
+    if (const auto step = step_of_name(name); step && *step != sums.identity.step) return nullptr;
+    found.block_bytes = sums.block_bytes;
+    for (FileSums& file : sums.files) found.files.emplace(file.name, std::move(file));
+    linked_to_ = std::move(found);
+  } catch (const std::exception&) {
+    return nullptr;  // then everything is written anew, which needs nothing of it
+  }
+  return &*linked_to_;
+}
+
+std::optional<RunDirectory::Linked> RunDirectory::link(const std::string& from,
+                                                       const PayloadFile& plan, size_t block_bytes,
+                                                       const Digest& digest, Directory& into) {
+  const std::lock_guard lock(mutex_);
+  const Sealed* const found = find_sealed(from);
+  if (found == nullptr || found->block_bytes != block_bytes) return std::nullopt;
+  const auto file = found->files.find(plan.name);
+  if (file == found->files.end()) return std::nullopt;
+  const FileSums& sums = file->second;
+  if (sums.size_bytes != plan.size_bytes || sums.digest != digest) return std::nullopt;
+  const Link link = into.link_file(plan.name, *found->directory, plan.size_bytes);
+  if (link == Link::impossible) return std::nullopt;
+  return Linked{sums.blocks, link == Link::made};
 }
 
 void RunDirectory::discard(const std::string& name) {

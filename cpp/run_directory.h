@@ -11,6 +11,7 @@
 
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -57,6 +58,17 @@ class RunDirectory {
   // Throws OutcomeUnknown when the last step failed.
   void publish(const std::string& name, Directory& partial);
 
+  // Makes `plan`'s file, in a directory that prepare() gave, the very file that the committed
+  // checkpoint `from` has. Nothing where that cannot be: `from` is none, or none any more, or has
+  // no file of this name, size and digest, in blocks of this size, by its own seal; or where there
+  // is no linking to it.
+  struct Linked {
+    std::vector<uint32_t> block_sums;
+    bool made;  // false: the file was that one already
+  };
+  std::optional<Linked> link(const std::string& from, const PayloadFile& plan, size_t block_bytes,
+                             const Digest& digest, Directory& into);
+
   // Removes what prepare() made; does nothing once it is published.
   void discard(const std::string& name);
 
@@ -81,6 +93,15 @@ class RunDirectory {
     std::unique_ptr<Directory> directory;  // exclusively locked
   };
 
+  // A committed checkpoint that is linked to, and what its seal says.
+  struct Sealed {
+    std::string name;
+    std::unique_ptr<Directory> directory;
+    uint64_t block_bytes;
+    std::map<std::string, FileSums> files;
+  };
+
+  const Sealed* find_sealed(const std::string& name);
   void reclaim(const std::string& name);
   std::unique_ptr<Directory> retire_one(const std::string& name);
   void set_aside(const std::string& name);
@@ -97,6 +118,7 @@ class RunDirectory {
   std::set<uint64_t> kept_;          // by keep()
   std::set<std::string> under_way_;  // prepared, neither published nor discarded yet
   std::vector<Spare> spares_;
+  std::optional<Sealed> linked_to_;  // the one last asked for
 };
 
 // Opens and locks a run's directory, making it if need be. While another process holds it, waits up

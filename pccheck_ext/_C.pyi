@@ -14,8 +14,21 @@ class Layout:
     """
 
     def __init__(
-        self, files: Sequence[_File], layer_count: int, block_bytes: int, chunk_count: int = 1
-    ) -> None: ...
+        self,
+        files: Sequence[_File],
+        layer_count: int,
+        block_bytes: int,
+        chunk_count: int = 1,
+        *,
+        texts: Sequence[tuple[str, str]] = (),
+        files_of_layers: bool = False,
+    ) -> None:
+        """`texts`: files of other than tensors, word for word.
+
+        `files_of_layers`: every file belongs to one layer, and is linked instead of written where
+        it is the same in the newest committed checkpoint.
+        """
+
     def layer_tensors(self, layer: int) -> list[tuple[str, str, int, int]]:
         """File, name, offset and bytes of a layer's tensors, in the order hand_over() wants."""
 
@@ -108,6 +121,13 @@ class Session:
     def set_aside_after(self, step: int) -> list[str]: ...
     def keep(self, steps: set[int]) -> None:
         """Steps that are not retired until the next call names others."""
+
+    def adopt_base(self, reader: Reader, threads: int) -> bool:
+        """Let what is saved next link to the files of a checkpoint of this run.
+
+        What was not read yet is verified first. False where its seal has no digests, or it has
+        blocks of another size.
+        """
 
     def close(self) -> str | None:
         """Finish what was sealed; returns what could not be cleared up, if anything."""

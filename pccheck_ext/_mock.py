@@ -184,6 +184,9 @@ class MockSession:
     def set_aside_after(self, step: int) -> list[str]:
         return []
 
+    def adopt_base(self, reader: object, threads: int) -> bool:
+        return False
+
     def keep(self, steps: set[int]) -> None: ...
 
     def close(self) -> str | None:
@@ -210,6 +213,8 @@ class MockSession:
             "checkpoints_committed": self._counts["committed"],
             "checkpoints_failed": self._counts["failed"],
             "bytes_persisted": self._counts["bytes"],
+            "bytes_linked": 0,
+            "links_refused": 0,
             "durable_s_total": self._durable_s,
             "durable_s_last": self._durable_s_last,
             "last_committed_step": self._last_step,

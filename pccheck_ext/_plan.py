@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pccheck_ext import _C, _codec
+from pccheck_ext._shards import INDEX_FILE, index_text, kind_of, shard_names
 from pccheck_ext.layers import ROOT_LAYER, plain_name, unwrap
 
 __all__ = ["BUFFERS_LAYER", "PlanChangedError", "SavePlan", "make_plan", "model_tensors"]
@@ -275,17 +276,23 @@ def make_plan(
     block_bytes: int,
     save_gradients: bool = False,
     chunk_count: int = 1,
+    incremental: bool = False,
 ) -> SavePlan:
     """Plan a checkpoint of everything there is now.
 
-    With `chunk_count` over 1 all tensors form one layer. Raises TypeError naming a tensor that
+    With `chunk_count` over 1 all tensors form one layer; but if it is `incremental`, each layer has
+    files of its own, which are all the ranges there are. Raises TypeError naming a tensor that
     cannot be stored.
     """
+    if incremental:
+        chunk_count = 1
     builder = _Builder(model, optimizer, update_order, layer_parameters, chunk_count > 1)
     builder.add_model()
     builder.add_optimizer()
     if save_gradients:
         builder.add_gradients()
+    if incremental:
+        builder.divide_by_layer()
     return builder.finish(block_bytes, chunk_count)
 
 
@@ -308,6 +315,7 @@ class _Builder:
         self.names, self.unowned = parameter_names(model, optimizer)
         self.tensors: list[PlannedTensor] = []
         self.has_extra_state = False
+        self.files_of_layers = False
         self.without_gradient: list[weakref.ref[torch.Tensor]] = []
         self.aliases: dict[str, str] = {}
         self.index = {layer: i for i, layer in enumerate(self.layers)}
@@ -382,6 +390,42 @@ class _Builder:
                 for planned in sharing:
                     planned.copied = True
 
+    def divide_by_layer(self) -> None:
+        """A file for each kind and layer, instead of one for each kind."""
+        names = shard_names(((p.file, p.layer) for p in self.tensors), first=MODEL_FILE)
+        for planned in self.tensors:
+            planned.file = names[planned.file, planned.layer]
+        self.files_of_layers = True
+
+    def _layout(self, order: list[PlannedTensor], block_bytes: int, chunk_count: int) -> _C.Layout:
+        kinds = (MODEL_FILE, OPTIMIZER_FILE, GRADIENTS_FILE)
+        by_file: dict[str, list[PlannedTensor]] = {}
+        for planned in sorted(order, key=lambda p: kinds.index(kind_of(p.file))):
+            by_file.setdefault(planned.file, []).append(planned)
+        files = []
+        for file, own in by_file.items():
+            metadata = [("format", "pt")]
+            if kind_of(file) == MODEL_FILE:
+                there = {p.name for p in own}
+                metadata += [pair for pair in self.aliases.items() if pair[1] in there]
+            entries = [
+                (p.name, _C.dtype_name(p.live(), p.name), list(p.shape), p.layer) for p in own
+            ]
+            files.append((file, metadata, entries))
+        texts = []
+        if self.files_of_layers:
+            model = [p for p in order if kind_of(p.file) == MODEL_FILE]
+            total = sum(p.dtype.itemsize * p.shape.numel() for p in model)
+            texts.append((INDEX_FILE, index_text({p.name: p.file for p in model}, total)))
+        return _C.Layout(
+            files,
+            len(self.layers),
+            block_bytes,
+            chunk_count,
+            texts=texts,
+            files_of_layers=self.files_of_layers,
+        )
+
     def finish(self, block_bytes: int, chunk_count: int) -> SavePlan:
         self.copy_what_shares_memory()
         order = sorted(self.tensors, key=lambda planned: planned.layer)
@@ -390,19 +434,7 @@ class _Builder:
             self.layers = ["(state)"]
             for planned in order:
                 planned.layer = 0
-        files = []
-        for file in (MODEL_FILE, OPTIMIZER_FILE, GRADIENTS_FILE):
-            entries = [
-                (p.name, _C.dtype_name(p.live(), p.name), list(p.shape), p.layer)
-                for p in order
-                if p.file == file
-            ]
-            if entries:
-                metadata = [("format", "pt")]
-                if file == MODEL_FILE:
-                    metadata += list(self.aliases.items())
-                files.append((file, metadata, entries))
-        layout = _C.Layout(files, len(self.layers), block_bytes, chunk_count)
+        layout = self._layout(order, block_bytes, chunk_count)
         by_key = {(p.file, p.name): p for p in order}
         by_layer: list[list[PlannedTensor]] = []
         described: dict[str, list[dict[str, Any]]] = {layer: [] for layer in home.values()}

@@ -5,6 +5,7 @@ changed, then read into the tensors themselves.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from pccheck_ext import _C, _codec, _plan, _progress
+from pccheck_ext._mock import MockSession
 from pccheck_ext._names import check_id, is_id, old_step_of, step_id, step_of
+from pccheck_ext._shards import kind_of
 from pccheck_ext.errors import CheckpointCorrupt, CheckpointMismatch, CheckpointNotFound
 from pccheck_ext.layers import ROOT_LAYER, group_parameters_by_layer, plain_name, unwrap
 
@@ -92,9 +95,14 @@ class Stored:
     def _tensors(self) -> dict[tuple[str, str], StoredTensor]:
         numbers = {name: i for i, name in enumerate(self.files)}
         tensors = {}
+        seen: set[tuple[str, str]] = set()
         for layer in self.manifest["layers"]:
             for entry in layer["tensors"]:
                 stored = _stored(layer["name"], entry, numbers)
+                key = (kind_of(entry["file"]), stored.name)
+                if key in seen:
+                    raise ValueError(f"it has two tensors {stored.name!r}")
+                seen.add(key)
                 tensors[entry["file"], stored.name] = stored
         for entry in self.manifest["extra_tensors"]:
             stored = _stored("", entry, numbers)
@@ -102,12 +110,29 @@ class Stored:
         return tensors
 
     def of_file(self, file: str) -> dict[str, StoredTensor]:
-        return {name: tensor for (of, name), tensor in self.tensors.items() if of == file}
+        """The tensors of a file, or of those that it is divided into."""
+        return {name: tensor for (of, name), tensor in self.tensors.items() if kind_of(of) == file}
 
     def read_ahead(self) -> None:
         """The whole model is going to be read: begin, while it is found out where to."""
-        if _plan.MODEL_FILE in self.files:
-            self.reader.read_ahead(self.files.index(_plan.MODEL_FILE), READ_THREADS)
+        for number, file in enumerate(self.files):
+            if kind_of(file) == _plan.MODEL_FILE:
+                self.reader.read_ahead(number, READ_THREADS)
+                return
+
+    def become_base(self, session: _C.Session | MockSession) -> None:
+        """Let what is saved next link to files of this checkpoint, once it is verified whole.
+
+        Warns where a part that was not needed so far does not verify: then it all is written anew.
+        """
+        try:
+            session.adopt_base(self.reader, READ_THREADS)
+        except (CheckpointCorrupt, OSError) as error:
+            warnings.warn(
+                f"the next checkpoint is written whole, for {self.path} is damaged: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def read(self, pairs: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Read stored tensors into given ones of the same shape and dtype, wherever they are."""

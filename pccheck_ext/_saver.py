@@ -102,6 +102,7 @@ class StepSaver:
         metrics: Callable[[], dict[str, float]],
         config: dict[str, Any],
         order: OrderWatch | None,
+        incremental: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.adapter = adapter
@@ -118,6 +119,7 @@ class StepSaver:
         self.progress = progress
         self.metrics = metrics
         self.config = config
+        self.incremental = incremental
         self.clock = clock
         self._owner = os.getpid()
         self.step = 0
@@ -287,6 +289,7 @@ class StepSaver:
                 block_bytes=self.adapter.block_bytes,
                 save_gradients=self.save_gradients,
                 chunk_count=chunk_count,
+                incremental=self.incremental,
             )
             if whole:
                 self._whole_plan, self._whole_chunks = plan, chunk_count
@@ -495,9 +498,13 @@ class StepSaver:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Seal, and wait for what is in flight. False when the time has passed first."""
-        self._abandon_begun(_UNFINISHED)  # or it would be waited for for ever
-        self.seal()
+        self.seal_last()
         return self.flight.wait(timeout_s)
+
+    def seal_last(self) -> None:
+        """Nothing that is begun waits for more of the loop after this."""
+        self._abandon_begun(_UNFINISHED)
+        self.seal()
 
     def wait_sealed(self) -> None:
         """Wait for what is in flight, but for the step that was taken last if it is not sealed."""

@@ -308,7 +308,7 @@ class PCCheckAdapter:
             except TimeoutError:
                 self.do_not_wait_at_exit()
                 raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
-            except Exception:  # what has failed has ended; an interrupt leaves all as it is
+            except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
                 self._close()
                 raise
             self._close()

@@ -116,6 +116,10 @@ class LayerwiseCheckpointTrainer:
             committed, within so many seconds, or it is said what was lost. None: not handled.
         example_inputs: What forward is called with, as `DependencyGraphBuilder` takes it, to find
             the layers' order by; None: copies without data of what the first forward is given.
+        incremental: Give every layer files of its own and write only those whose bytes differ, by
+            a digest of 128 bits, from the last committed checkpoint's; the others become hard links
+            to these. For states of which much stays the same, such as a frozen body's; where every
+            layer changes it is slower, for many files have to be made durable.
 
     Raises:
         ValueError, TypeError: an argument that cannot be; nothing has been written then.
@@ -161,6 +165,7 @@ class LayerwiseCheckpointTrainer:
         drain_timeout_s: float = 60.0,
         sigterm_deadline_s: float | None = None,
         example_inputs: Any = None,
+        incremental: bool = False,
         _manual_copier: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -247,8 +252,10 @@ class LayerwiseCheckpointTrainer:
                 "checkpoint_every_s": checkpoint_every_s,
                 "block_bytes": self.adapter.block_bytes,
                 "save_gradients": save_gradients,
+                "incremental": incremental,
             },
             order=order,
+            incremental=incremental,
         )
         self.optimizer._observer = self._saver
         self._hooks = [
@@ -426,15 +433,22 @@ class LayerwiseCheckpointTrainer:
         """
         if os.getpid() != self._owner or not self._session.is_open:
             return
+        unsealed: Exception | None = None
+        try:
+            self._saver.seal_last()
+        except Exception as error:  # told of when the steps before are safe
+            unsealed = error
         try:
             self.wait(timeout_s)
-        except TimeoutError:
+        except TimeoutError as error:
             self.do_not_wait_at_exit()
-            raise
-        except Exception:  # what has failed has ended; an interrupt leaves all as it is
+            raise error from unsealed
+        except CheckpointError as error:  # what has failed has ended; an interrupt changes nothing
             self._close()
-            raise
+            raise error from unsealed
         self._close()
+        if unsealed is not None:
+            raise unsealed
 
     def do_not_wait_at_exit(self) -> None:
         """Nor when this is dropped: it has been waited for in vain."""
@@ -590,6 +604,8 @@ class LayerwiseCheckpointTrainer:
             self.extra[name].load_state_dict(value)
         if self._saver.best is not None:
             _find_metrics(self._saver.best, self.checkpoint_dir)
+        if self._saver.incremental:
+            stored.become_base(self._session)
         self._saver.restart_from(stored.step)
         self.optimizer.training_step = stored.step
         self._losses = array("d", progress["losses"].tolist())
@@ -612,6 +628,8 @@ class LayerwiseCheckpointTrainer:
 
         ``stall_s``: seconds training was held, in all; ``stall_per_checkpoint_s``: mean;
         ``durable_s_mean``, ``durable_s_last``: seconds from a checkpoint's begin to its commit;
+        ``bytes_persisted``, ``bytes_linked``: payload of committed checkpoints that was written,
+        and that is shared with older ones; ``links_refused``: unchanged files written all the same;
         ``lag_steps``: steps between the newest update and the newest committed checkpoint.
         """
         if not self._session.is_open:

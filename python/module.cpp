@@ -34,8 +34,12 @@ using TensorTuple = std::tuple<std::string, std::string, std::vector<uint64_t>, 
 using FileTuple = std::tuple<std::string, std::vector<std::pair<std::string, std::string>>,
                              std::vector<TensorTuple>>;
 
+using TextTuple = std::pair<std::string, std::string>;
+
 std::shared_ptr<const Layout> make_layout(const std::vector<FileTuple>& files, uint32_t layer_count,
-                                          size_t block_bytes, uint32_t chunk_count) {
+                                          size_t block_bytes, uint32_t chunk_count,
+                                          const std::vector<TextTuple>& texts,
+                                          bool files_of_layers) {
   std::vector<FileSpec> specs;
   for (const auto& [name, metadata, tensors] : files) {
     FileSpec spec{name, metadata, {}};
@@ -43,9 +47,11 @@ std::shared_ptr<const Layout> make_layout(const std::vector<FileTuple>& files, u
       spec.tensors.push_back({tensor, dtype, shape, layer});
     specs.push_back(std::move(spec));
   }
-  return Layout::make(
-      std::move(specs),
-      {.block_bytes = block_bytes, .layer_count = layer_count, .chunk_count = chunk_count});
+  for (const auto& [name, text] : texts) specs.push_back({name, {}, {}, text});
+  return Layout::make(std::move(specs), {.block_bytes = block_bytes,
+                                         .layer_count = layer_count,
+                                         .chunk_count = chunk_count,
+                                         .files_of_layers = files_of_layers});
 }
 
 py::list layer_tensors(const Layout& layout, size_t layer) {
@@ -89,6 +95,8 @@ py::dict session_stats(Session& session) {
   stats["checkpoints_committed"] = counts.committed;
   stats["checkpoints_failed"] = counts.failed;
   stats["bytes_persisted"] = counts.bytes;
+  stats["bytes_linked"] = counts.bytes_linked;
+  stats["links_refused"] = session.links_refused();
   stats["durable_s_total"] = counts.durable_seconds;
   stats["durable_s_last"] = counts.last_durable_seconds;
   stats["last_committed_step"] = counts.last_committed_step;
@@ -154,12 +162,14 @@ void translate_own(std::exception_ptr error) {
 void bind_save(py::module_& module) {
   py::class_<Layout, std::shared_ptr<Layout>>(module, "Layout")
       .def(py::init([](const std::vector<FileTuple>& files, uint32_t layer_count,
-                       size_t block_bytes, uint32_t chunk_count) {
+                       size_t block_bytes, uint32_t chunk_count,
+                       const std::vector<TextTuple>& texts, bool files_of_layers) {
              return std::const_pointer_cast<Layout>(
-                 make_layout(files, layer_count, block_bytes, chunk_count));
+                 make_layout(files, layer_count, block_bytes, chunk_count, texts, files_of_layers));
            }),
            py::arg("files"), py::arg("layer_count"), py::arg("block_bytes"),
-           py::arg("chunk_count") = 1)
+           py::arg("chunk_count") = 1, py::kw_only(), py::arg("texts") = std::vector<TextTuple>(),
+           py::arg("files_of_layers") = false)
       .def("layer_tensors", &layer_tensors, py::arg("layer"))
       .def_property_readonly("layer_count",
                              [](const Layout& layout) { return layout.layers().size(); })
@@ -213,6 +223,7 @@ void bind_save(py::module_& module) {
           py::arg("layout"), py::arg("during_update") = false, py::keep_alive<0, 1>())
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
       .def("keep", &Session::keep, py::arg("steps"))
+      .def("adopt_base", &Session::adopt_base, py::arg("reader"), py::arg("threads"))
       .def("close", &Session::close)
       .def("leave", &Session::leave)
       .def_property_readonly("is_open", &Session::is_open)

@@ -167,9 +167,9 @@ void Session::open(const std::function<void()>& interrupted) {
   }
   const EngineOptions engine{options_.block_bytes, options_.max_in_flight};
   if (!options_.monitor) {
-    auto made = std::make_unique<Engine>(engine, std::move(copier),
-                                         make_slot_memory(options_.device, options_.staging_bytes),
-                                         std::make_unique<LocalPersister>(options_.writer_threads));
+    auto made = std::make_unique<Engine>(
+        engine, std::move(copier), make_slot_memory(options_.device, options_.staging_bytes),
+        std::make_unique<LocalPersister>(options_.writer_threads), book_);
     run_ =
         open_run_directory(path_, {options_.keep_last, options_.max_in_flight, options_.keep_every},
                            std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
@@ -191,7 +191,7 @@ void Session::open(const std::function<void()>& interrupted) {
   MonitorClient* const monitor = client.get();
   engine_ = std::make_unique<Engine>(engine, std::move(copier),
                                      make_slot_memory(options_.device, std::move(slots)),
-                                     std::move(client));
+                                     std::move(client), book_);
   monitor_ = monitor;
   monitor_->keep(kept_);
 }
@@ -215,6 +215,7 @@ void Session::restart_monitor(const std::function<void()>& interrupted) {
   engine.abandon_unsealed();
   engine.wait_idle(Clock::time_point::max());
   counts_before_ = counts();
+  links_refused_before_ = links_refused();
   monitor_ = nullptr;
   engine_.reset();
   open(interrupted);
@@ -239,6 +240,7 @@ CommitCounts Session::counts() {
   counts.committed += counts_before_.committed;
   counts.failed += counts_before_.failed;
   counts.bytes += counts_before_.bytes;
+  counts.bytes_linked += counts_before_.bytes_linked;
   counts.durable_seconds += counts_before_.durable_seconds;
   return counts;
 }
@@ -294,6 +296,24 @@ void Session::keep(std::set<uint64_t> steps) {
   kept_ = std::move(steps);
   if (run_) run_->keep(kept_);
   if (monitor_ != nullptr) monitor_->keep(kept_);
+}
+
+bool Session::adopt_base(CheckpointReader& reader, unsigned threads) {
+  engine();
+  const size_t slash = reader.path().rfind('/');
+  if (reader.path().substr(0, slash) != path_)
+    throw std::invalid_argument(reader.path() + " is no checkpoint of " + path_);
+  auto base = std::make_shared<Base>(Base{reader.path().substr(slash + 1), {}});
+  for (const FileSums& file : reader.checksums().files)
+    if (file.digest)
+      base->files.emplace(file.name, Base::KnownFile{file.size_bytes, {*file.digest}});
+  if (base->files.empty() || reader.checksums().block_bytes != options_.block_bytes) return false;
+  {
+    const pybind11::gil_scoped_release release;
+    reader.verify_rest(threads);
+  }
+  book_->enter(std::move(base));
+  return true;
 }
 
 void Session::reap() {

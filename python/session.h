@@ -20,6 +20,7 @@
 #include "cpp/engine.h"
 #include "cpp/manual_copier.h"
 #include "cpp/monitor_client.h"
+#include "cpp/recovery.h"
 #include "cpp/run_directory.h"
 #include "python/tensor_view.h"
 
@@ -109,6 +110,11 @@ class Session {
   std::vector<std::string> set_aside_after(uint64_t step);
   // As RunDirectory::keep.
   void keep(std::set<uint64_t> steps);
+  // Lets the next checkpoint link the files of one that was restored: those whose digests its seal
+  // tells. What the reader has not verified yet is read. False where it tells none, or has blocks
+  // of another size. Throws CorruptCheckpoint, and std::invalid_argument for a checkpoint of
+  // another directory.
+  bool adopt_base(CheckpointReader& reader, unsigned threads);
 
   // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
   // returned, not thrown: nothing was lost by it.
@@ -130,6 +136,7 @@ class Session {
   // The newest step whose checkpoint needs this process no more.
   uint64_t last_sealed_step();
   CommitCounts counts();  // of monitors that have died, too
+  uint64_t links_refused() { return links_refused_before_ + engine().links_refused(); }
 
   const SessionOptions& options() const { return options_; }
   const std::string& path() const { return path_; }
@@ -149,8 +156,10 @@ class Session {
   MonitorClient* monitor_ = nullptr;       // inside engine_, in monitor mode
   ManualCopier* manual_copier_ = nullptr;  // inside engine_, in tests
   std::set<uint64_t> kept_;                // what the next monitor has to be told
+  const std::shared_ptr<Book> book_ = std::make_shared<Book>();  // of this engine and the next
   std::unique_ptr<Engine> engine_;
   CommitCounts counts_before_;  // of engines before this one
+  uint64_t links_refused_before_ = 0;
   std::deque<std::shared_ptr<Ticket>> tickets_;
 };
 

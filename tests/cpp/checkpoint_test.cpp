@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <barrier>
 #include <thread>
 
 #include "tests/cpp/hand_run.h"
@@ -106,6 +107,35 @@ TEST_F(CheckpointRules, WhatHasEndedCanNoLongerFail) {
   ticket.fail(error_saying("late"));
   EXPECT_EQ(ticket.state(), Checkpoint::State::committed);
   EXPECT_FALSE(ticket.error());
+}
+
+// The other process has died, and nobody else will say so.
+TEST(CheckpointRace, WhatFailsElsewhereHasFailedThoughItsPublicationBeginsAtThatMoment) {
+  const State state = simple_state({10});
+  std::unique_ptr<Checkpoint> ticket;
+  std::barrier together(2);
+  constexpr int kTimes = 20'000;
+  std::jthread publisher([&] {
+    for (int time = 0; time < kTimes; ++time) {
+      together.arrive_and_wait();
+      try {
+        ticket->begin_publishing();
+      } catch (const std::runtime_error&) {
+        // It came second.
+      }
+      together.arrive_and_wait();
+    }
+  });
+  int lost = 0;
+  for (int time = 0; time < kTimes; ++time) {
+    ticket = std::make_unique<Checkpoint>(identity_of(1), "step 1", state.layout, nullptr,
+                                          Checkpoint::Bells{[] {}, [] {}});
+    together.arrive_and_wait();
+    ticket->failed_elsewhere(error_saying("died"));
+    together.arrive_and_wait();
+    lost += ticket->error() == nullptr;
+  }
+  EXPECT_EQ(lost, 0);
 }
 
 TEST_F(CheckpointRules, NothingIsCalledBackAfterTheEnd) {

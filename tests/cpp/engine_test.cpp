@@ -361,5 +361,53 @@ TEST(Engine, ADevicesCopiesOpenTheGatesWithoutAnybodyRinging) {
   expect_saved(disk, ticket, state);
 }
 
+// What is begun has failed before the stager knows of it.
+class DeadPersister final : public Persister {
+ public:
+  void start(BlockQueue& /*full*/, Doorbell& /*pushed*/) override {}
+  void add(std::shared_ptr<Checkpoint> checkpoint) override {
+    {
+      const std::lock_guard lock(mutex_);
+      checkpoint_ = checkpoint;
+    }
+    checkpoint->fail(error_saying("nobody is there"));
+    for (int time = 0; time < 100; ++time) std::this_thread::yield();  // let the stager look
+  }
+  size_t in_flight() const override {
+    const std::lock_guard lock(mutex_);
+    return checkpoint_ ? 1 : 0;
+  }
+  CommitCounts counts() const override { return {}; }
+  void look() override {
+    std::shared_ptr<Checkpoint> over;
+    {
+      const std::lock_guard lock(mutex_);
+      if (!checkpoint_ || !checkpoint_->ready_to_discard()) return;
+      checkpoint_->end(failed);
+      over.swap(checkpoint_);
+    }
+    over->announce_end();
+  }
+  std::exception_ptr refusal() const override { return nullptr; }
+  std::optional<std::string> take_complaint() override { return std::nullopt; }
+
+ private:
+  mutable std::mutex mutex_;  // guards checkpoint_
+  std::shared_ptr<Checkpoint> checkpoint_;
+};
+
+TEST(Engine, WhatFailsWhileItIsBegunEnds) {
+  const State state = simple_state({2000});
+  Engine engine({kBlockBytes, 1}, std::make_unique<HostCopier>(),
+                allocate_host_slots(8 * kBlockBytes), std::make_unique<DeadPersister>());
+  for (uint64_t step = 1; step <= 200; ++step) {
+    const Ticket ticket =
+        engine.begin(identity_of(step), name_of_step(step), state.layout, nullptr);
+    const bool ended = ticket->wait_finished(in_a_minute());
+    ticket->wait_all_staged(in_a_minute());  // which rings: or it would never come to an end
+    ASSERT_TRUE(ended) << "step " << step;
+  }
+}
+
 }  // namespace
 }  // namespace pccheck::test

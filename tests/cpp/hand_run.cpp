@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "cpp/run_directory.h"
+
 namespace pccheck::test {
 
 HandRun::HandRun(size_t slots, size_t block_bytes, Copier& copier, uint64_t seed)
     : pool(allocate_host_slots(slots * block_bytes), block_bytes, [this] { stager_bell_.ring(); }),
-      stager(pool, copier, full),
+      stager(pool, copier, full, {&linker_, book.get()}),
       random_(seed),
       seats_{{{&stager, &stager_bell_, 0, false},
               {&writers, &writer_bell_, 0, false},
@@ -24,8 +26,8 @@ std::shared_ptr<Checkpoint> HandRun::begin(uint64_t step, std::shared_ptr<const 
     finished(ticket->state());
   };
   auto ticket = std::make_shared<Checkpoint>(
-      identity_of(step), "step " + std::to_string(step), std::move(layout), std::move(target),
-      Checkpoint::Bells{[this] { stager_bell_.ring(); }, changed});
+      identity_of(step), name_of_step(step), std::move(layout), std::move(target),
+      Checkpoint::Bells{[this] { stager_bell_.ring(); }, changed}, book);
   *self = ticket;
   committer.add(ticket);
   stager.add(ticket);

@@ -9,6 +9,7 @@
 
 #include "cpp/block.h"
 #include "cpp/committer.h"
+#include "cpp/local_persister.h"
 #include "cpp/stager.h"
 #include "cpp/writer_pool.h"
 #include "tests/cpp/state.h"
@@ -18,12 +19,14 @@ namespace pccheck::test {
 class HandRun {
  private:
   Doorbell stager_bell_, writer_bell_, committer_bell_;
+  LocalPersister linker_{1};  // never started: it makes links, and that is all
 
  public:
   HandRun(size_t slots, size_t block_bytes, Copier& copier, uint64_t seed);
 
   StagingPool pool;
   BlockQueue full{writer_bell_, stager_bell_};
+  const std::shared_ptr<Book> book = std::make_shared<Book>();
   Stager stager;
   WriterPool writers{full};
   Committer committer;

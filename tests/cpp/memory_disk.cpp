@@ -123,10 +123,29 @@ class MemoryDirectory final : public Directory {
     const std::lock_guard lock(disk_.mutex_);
     const auto found = node_->entries.find(name);
     if (found == node_->entries.end() || found->second->is_directory || found->second->held_open ||
-        found->second->locked)
+        found->second->locked || found->second->links != 1)
       return nullptr;
     found->second->locked = true;
     return std::make_unique<MemoryFile>(disk_, operation.path, found->second, true);
+  }
+
+  Link link_file(const std::string& name, Directory& from, uint64_t size_bytes) override {
+    auto& other = dynamic_cast<MemoryDirectory&>(from);
+    const Operation operation = {"link_file", other.path_ + "/" + name, path_ + "/" + name};
+    disk_.begin(operation);
+    const std::lock_guard lock(disk_.mutex_);
+    const auto wanted = other.node_->entries.find(name);
+    if (wanted == other.node_->entries.end() || wanted->second->is_directory ||
+        wanted->second->bytes.size() != size_bytes)
+      return Link::impossible;
+    if (const auto there = node_->entries.find(name); there != node_->entries.end()) {
+      if (there->second == wanted->second) return Link::was_there;
+      unlink(operation, name);
+    }
+    if (wanted->second->links >= disk_.most_links) return Link::impossible;
+    ++wanted->second->links;
+    node_->entries[name] = wanted->second;
+    return Link::made;
   }
 
   std::unique_ptr<Directory> open_directory(const std::string& name) override {
@@ -165,8 +184,7 @@ class MemoryDirectory final : public Directory {
   void remove_file(const std::string& name) override {
     const Operation operation = begin("remove_file", name);
     const std::lock_guard lock(disk_.mutex_);
-    if (entry(operation, name)->is_directory) fail_operation(operation, EISDIR);
-    node_->entries.erase(name);
+    unlink(operation, name);
   }
 
   void remove_directory(const std::string& name) override {
@@ -239,8 +257,16 @@ class MemoryDirectory final : public Directory {
     return node;
   }
 
+  void unlink(const Operation& operation, const std::string& name) {
+    const auto node = entry(operation, name);
+    if (node->is_directory) fail_operation(operation, EISDIR);
+    --node->links;
+    node_->entries.erase(name);
+  }
+
   void move(const Operation& operation, const std::string& from, const std::string& to) {
     const auto node = entry(operation, from);
+    if (node_->entries.contains(to)) unlink(operation, to);
     node_->entries.erase(from);
     node_->entries[to] = node;
   }
@@ -356,6 +382,11 @@ void MemoryDisk::put(const std::string& path, const Bytes& bytes) {
     at = end;
   }
   node->bytes = bytes;
+}
+
+size_t MemoryDisk::links(const std::string& path) const {
+  const std::lock_guard lock(mutex_);
+  return find(path)->links;
 }
 
 void MemoryDisk::hold_open(const std::string& path) {

@@ -20,7 +20,7 @@ namespace pccheck::test {
 struct Operation {
   std::string call;  // as the seam calls it: "pwrite", "sync_data", "rename" ...
   std::string path;
-  std::string to = {};  // rename, replace: the new path
+  std::string to = {};  // rename, replace, link_file: the new path
   uint64_t offset = 0;
   size_t bytes = 0;
 };
@@ -55,6 +55,9 @@ class MemoryDisk {
   void put(const std::string& path, const Bytes& bytes);  // makes the directories on the way
   // From now on somebody else has the file open: it cannot be overwritten in place.
   void hold_open(const std::string& path);
+  size_t links(const std::string& path) const;
+  // How many links a file may have: as on disks whose limit is reached.
+  size_t most_links = 1000;
 
  private:
   friend class MemoryFile;
@@ -65,6 +68,7 @@ class MemoryDisk {
     Bytes bytes = {};
     bool is_unsynced = false;
     bool held_open = false;
+    size_t links = 1;
     std::map<std::string, std::shared_ptr<Node>> entries = {};
     std::map<std::string, std::shared_ptr<Node>> durable = {};
     size_t shared_locks = 0;

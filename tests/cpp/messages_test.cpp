@@ -33,7 +33,12 @@ static auto parts(const Addition& m) { return std::tuple(m.ticket, parts(m.files
 static auto parts(const Staged& m) {
   return std::tuple(m.ticket, m.file, m.block, m.bytes, m.slot, m.crc, m.summed);
 }
-static auto parts(const Seal& m) { return std::tuple(m.ticket, m.manifest); }
+static auto parts(const Seal& m) {
+  std::vector<std::tuple<uint32_t, Digest>> digests;
+  for (const auto& [file, digest] : m.digests) digests.emplace_back(file, digest);
+  return std::tuple(m.ticket, m.manifest, digests);
+}
+static auto parts(const Link& m) { return std::tuple(m.ticket, m.file, m.from, m.digest); }
 static auto parts(const Abandon& m) { return std::tuple(m.ticket, m.reason); }
 static auto parts(const SetAside& m) { return std::tuple(m.step); }
 static auto parts(const Keep& m) { return std::tuple(m.steps); }
@@ -48,6 +53,7 @@ static auto parts(const Ended& m) {
 static auto parts(const Names& m) { return std::tuple(m.names, parts(m.failure)); }
 static auto parts(const Complaint& m) { return std::tuple(m.text); }
 static auto parts(const Closed& m) { return std::tuple(m.complaint); }
+static auto parts(const Linked& m) { return std::tuple(m.linked); }
 
 }  // namespace pccheck::messages
 
@@ -83,17 +89,25 @@ class Drawn {
     return names;
   }
 
+  Digest digest() { return {number(), number()}; }
+  std::vector<DigestOf> digests() {
+    std::vector<DigestOf> digests(below(random_, 4));
+    for (DigestOf& one : digests) one = {small(), digest()};
+    return digests;
+  }
+
   std::vector<FromTrainer> all_from_trainer() {
     return {Hello{small(), text(), number(), small(), number(), number(), number(), seconds(),
                   seconds()},
             Begin{number(), {number(), id(), id()}, text(), files()},
             Addition{number(), files()},
             Staged{number(), small(), number(), number(), number(), small(), truth()},
-            Seal{number(), random_bytes(random_, below(random_, 90))},
+            Seal{number(), random_bytes(random_, below(random_, 90)), digests()},
             Abandon{number(), text()},
             SetAside{number()},
             Keep{{number(), number(), number()}},
-            Close{}};
+            Close{},
+            messages::Link{number(), small(), text(), digest()}};
   }
   std::vector<FromMonitor> all_from_monitor() {
     return {Ready{},
@@ -103,7 +117,8 @@ class Drawn {
             Ended{number(), truth(), truth(), failure()},
             Names{names(), failure()},
             Complaint{text()},
-            Closed{text()}};
+            Closed{text()},
+            Linked{truth()}};
   }
 
  private:
