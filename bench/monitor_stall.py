@@ -9,7 +9,9 @@ steps after the first few, when plans are made and files are recycled, divided b
 Runs of both modes take turns in one process, and each monitor run is divided by the direct one
 beside it; the A/A row divides direct runs by direct ones. The goal, a stall no larger than direct
 mode's, is reached when the interval of the difference does not lie above nothing. Durable time
-stands beside the stall: less of the one for more of the other would be no gain.
+stands beside the stall: less of the one for more of the other would be no gain. "Direct, small
+pages" is direct mode without huge pages, which most systems do not grant to the memory that monitor
+mode shares: what these pages cost is none of the two processes' making.
 
 Two loops: "processor busy" computes forward and backward on the processors that staging needs too;
 "emulated compute" sleeps instead, as with an accelerator, and then takes the same AdamW step.
@@ -18,8 +20,11 @@ Two loops: "processor busy" computes forward and backward on the processors that
 from __future__ import annotations
 
 import argparse
+import ctypes
+import datetime
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -42,6 +47,10 @@ LEAD = 6  # steps until plans are settled and files are recycled
 LOOPS = ("processor busy", "emulated compute")
 
 
+ARMS = ("direct", "monitor", "direct, small pages", "direct again")
+PR_SET_THP_DISABLE = 41
+
+
 @dataclass(frozen=True)
 class Run:
     """Milliseconds per checkpoint, and per step of the loop."""
@@ -57,7 +66,9 @@ class Loop:
     def __init__(self, kind: str, width: int, steps: int, folder: Path) -> None:
         self.kind, self.width, self.steps, self.folder = kind, width, steps, folder
 
-    def run(self, *, use_monitor: bool) -> Run:
+    def run(self, *, use_monitor: bool, huge_pages: bool = True) -> Run:
+        if ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, not huge_pages, 0, 0, 0) != 0:
+            raise OSError("prctl(PR_SET_THP_DISABLE) is refused here")
         torch.manual_seed(1)
         layers = [nn.Linear(self.width, self.width) for _ in range(8)]
         model = nn.Sequential(*layers)
@@ -111,11 +122,12 @@ def show(name: str, figure: Interval, unit: str) -> None:
 
 def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, object]:
     loop = Loop(kind, options.width, options.steps, folder)
-    runs: dict[str, list[Run]] = {"direct": [], "monitor": [], "direct again": []}
+    runs: dict[str, list[Run]] = {name: [] for name in ARMS}
 
     def arm(name: str) -> Callable[[], float]:
         def one() -> float:
-            runs[name].append(loop.run(use_monitor=name == "monitor"))
+            small = name == "direct, small pages"
+            runs[name].append(loop.run(use_monitor=name == "monitor", huge_pages=not small))
             return runs[name][-1].stall
 
         return one
@@ -135,11 +147,14 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, o
     show("stall, monitor / direct", ratio, "x")
     show("stall, monitor less direct", beyond, "ms")
     show("A/A: direct again / direct", noise, "x")
+    pages = bootstrap(paired_ratios(stalls["monitor"], stalls["direct, small pages"]))
+    show("stall, monitor / direct, small pages", pages, "x")
     print(f"  no larger than direct mode's: {'yes' if beyond.low <= 0 else 'NO'}")
     return {
         "ratio": ratio.as_dict(),
         "difference_ms": beyond.as_dict(),
         "noise": noise.as_dict(),
+        "ratio_to_small_pages": pages.as_dict(),
         "runs": {name: [asdict(run) for run in found] for name, found in counted.items()},
     }
 
@@ -154,18 +169,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     state = 3 * 4 * 8 * options.width * (options.width + 1)
-    print(
-        f"state {state / MIB:.1f} MiB, {torch.get_num_threads()} torch threads on "
-        f"{len(os.sched_getaffinity(0))} processors, torch {torch.__version__}"
-    )
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "state": f"{state / MIB:.1f} MiB",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processors": str(len(os.sched_getaffinity(0))),
+        **describe(options.dir),
+    }
+    print("; ".join(f"{what}: {value}" for what, value in about.items()))
     folder = Path(tempfile.mkdtemp(prefix="pccheck-bench-", dir=options.dir))
     try:
-        print("; ".join(f"{what}: {value}" for what, value in describe(folder).items()))
         found = {kind: measure(kind, options, folder) for kind in options.loop or LOOPS}
     finally:
         shutil.rmtree(folder)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

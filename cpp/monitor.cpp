@@ -34,10 +34,11 @@ void require(bool holds, const char* what) {
 
 }  // namespace
 
-Monitor::Borrowed::Borrowed(Descriptor memory, size_t slot_bytes, Wake& wake)
+Monitor::Borrowed::Borrowed(Descriptor memory, size_t slot_bytes, Channel& channel, Wake& wake)
     : memory_(std::move(memory)),
       slot_bytes_(slot_bytes),
       count_(memory_.bytes().size() / slot_bytes),
+      channel_(channel),
       wake_(wake) {
   released_.reserve(count_);  // release() must not allocate
 }
@@ -46,7 +47,16 @@ std::span<std::byte> Monitor::Borrowed::slot(size_t index) {
   return memory_.bytes().subspan(index * slot_bytes_, slot_bytes_);
 }
 
+bool Monitor::Borrowed::tell(size_t index) noexcept {
+  try {
+    return channel_.try_send(messages::encode(messages::FromMonitor(messages::Freed{index})));
+  } catch (const std::exception&) {
+    return false;  // the monitor's own thread finds out why
+  }
+}
+
 void Monitor::Borrowed::release(size_t index) noexcept {
+  if (tell(index)) return;
   {
     const std::lock_guard lock(mutex_);
     released_.push_back(index);
@@ -117,7 +127,7 @@ void Monitor::begin() {
         "the monitor and the package were not built together; install the package anew");
   trainer_ = std::move(first->descriptors[1]);
   require(hello_.block_bytes != 0, "blocks without a size");
-  slots_.emplace(std::move(first->descriptors[0]), hello_.block_bytes, wake_);
+  slots_.emplace(std::move(first->descriptors[0]), hello_.block_bytes, channel_, wake_);
   persister_.emplace(hello_.writer_threads);
   run_ =
       open_run_directory(hello_.path, {hello_.keep_last, hello_.max_spares, hello_.keep_every},

@@ -36,20 +36,25 @@ class Monitor {
   Outcome run();
 
  private:
-  // Slots of the trainer's: leased to blocks here, told back when they come free.
+  // Slots of the trainer's: leased to blocks here, told back when they come free. By the thread
+  // that lets go of one, which spares the monitor's own a wake-up for each; where the channel has
+  // no room, by that one, later.
   class Borrowed final : public SlotOwner {
    public:
-    Borrowed(Descriptor memory, size_t slot_bytes, Wake& wake);
+    Borrowed(Descriptor memory, size_t slot_bytes, Channel& channel, Wake& wake);
 
     std::span<std::byte> slot(size_t index) override;
     void release(size_t index) noexcept override;
     size_t count() const { return count_; }
-    std::vector<size_t> take_released();
+    std::vector<size_t> take_released();  // what is still to be told
 
    private:
+    bool tell(size_t index) noexcept;
+
     SharedSlots memory_;
     const size_t slot_bytes_;
     const size_t count_;
+    Channel& channel_;
     Wake& wake_;
     std::mutex mutex_;  // guards released_
     std::vector<size_t> released_;

@@ -143,7 +143,8 @@ void MonitorClient::add(std::shared_ptr<Checkpoint> checkpoint) {
   }
   // It died after the engine looked: died() has not seen this one.
   if (death) checkpoint->failed_elsewhere(death);
-  bell_->ring();
+  // Otherwise no ring: the first block, or the seal, is soon enough to tell the monitor of it, and
+  // a thread that wakes up now would only take time from the update that begins.
 }
 
 size_t MonitorClient::in_flight() const {
@@ -447,8 +448,10 @@ void MonitorClient::take(const messages::FromMonitor& message) {
     }
   }
   if (failing) failing->failed_elsewhere(error);
-  if (freed) freed->checkpoint->block_written_elsewhere(freed->bytes);
-  freed.reset();
+  if (freed) {
+    freed->checkpoint->block_written_elsewhere(freed->bytes);
+    return;  // letting go of it rings, where anybody is interested
+  }
   bell_->ring();
 }
 
