@@ -26,6 +26,10 @@ class OrderWatch:
         DependencyGraphBuilder(model, example_inputs=self._inputs)
         self._gradients = GradientOrder(group_parameters_by_layer(model))
 
+    def stop(self) -> None:
+        """A whole step has been seen, which is enough."""
+        self._gradients.close()
+
     def settle(self) -> DependencyGraphBuilder:
         """A builder that has found out the order by what was seen; ends the watching."""
         self._gradients.close()

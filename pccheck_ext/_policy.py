@@ -65,6 +65,7 @@ class Best:
 
     metric: str
     mode: str  # "min" or "max"
+    was_told: bool = False  # of any value at all
     _committed: dict[int, float] = field(default_factory=dict)
     _in_flight: dict[int, float] = field(default_factory=dict)
 
@@ -89,11 +90,13 @@ class Best:
         """A checkpoint that is there already."""
         value = metrics.get(self.metric, math.nan)
         if not math.isnan(value):
+            self.was_told = True
             self._committed[step] = value
 
     def begun(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.metric, math.nan)
         if not math.isnan(value):
+            self.was_told = True
             self._in_flight[step] = value
 
     def ended(self, step: int, committed: bool) -> None:

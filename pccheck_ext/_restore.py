@@ -239,7 +239,7 @@ def verifies(directory: str, checkpoint_id: str) -> bool:
     try:
         open_checkpoint(directory, checkpoint_id).verify()
     except FileNotFoundError:
-        if not os.path.isdir(os.path.join(directory, checkpoint_id)):
+        if find_id(directory, checkpoint_id) is None:
             raise
         return False
     except (CheckpointCorrupt, OSError):
@@ -406,7 +406,13 @@ class OptimizerRestore:
         kind = type(optimizer).__qualname__
         self.names, unowned = _plan.parameter_names(model, optimizer)
         groups = [[self.names[p] for p in g["params"]] for g in optimizer.param_groups]
-        if saved["type"] != kind or saved["parameters"] != groups:
+        # Parameters that the checkpoint has nothing of, where that is allowed: as they are.
+        there = stored.of_file(_plan.MODEL_FILE)
+        own = {*unowned}  # by identity
+        self.missing = [p for p, name in self.names.items() if p not in own and name not in there]
+        missing = {self.names[p] for p in self.missing}
+        known = [[name for name in group if name not in missing] for group in groups]
+        if saved["type"] != kind or saved["parameters"] != known:
             raise CheckpointMismatch(
                 f"{stored.path} was saved with {saved['type']} over "
                 f"{_count(saved['parameters'])}; this is {kind} over {_count(groups)}, or their "
@@ -450,8 +456,9 @@ class OptimizerRestore:
 
     def apply(self) -> None:
         """After the reads: the state replaces what the optimizer had."""
+        kept = {p: self.optimizer.state[p] for p in self.missing if p in self.optimizer.state}
         self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+        self.optimizer.state.update({**kept, **self.state})
         self.optimizer.state.update(self.unbound)
         for group, saved in zip(self.optimizer.param_groups, self.groups, strict=True):
             for key in [key for key in group if key != "params" and key not in saved]:

@@ -209,6 +209,8 @@ class StepSaver:
             return
         self.skip_next = self.save_next = False
         self.step += 1
+        if self._order is not None:
+            self._order.stop()
         if not self._due:
             self._begun = None
             return

@@ -106,8 +106,13 @@ class Sigterm:
         raise SystemExit(EXIT_STATUS)
 
     def close(self) -> None:
-        """Put back the handler that was there before."""
-        self._over.set()
+        """Put back the handler that was there before.
+
+        Where a signal has come, its deadline stays: a program that goes on after training, as if
+        there had been none, is ended by then.
+        """
+        if not self.received:
+            self._over.set()
         _handlers.discard(self)
         if os.getpid() == self._owner:
             self.restore()

@@ -18,7 +18,7 @@ ROOT_LAYER = "(root)"
 
 def plain_name(name: str) -> str:
     """A state_dict key without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -91,7 +91,9 @@ class LayerwiseCheckpointTrainer:
         checkpoint_dir: The run's directory, held by one trainer at a time.
         checkpoint_chunk_count: Ranges in which `save_full_checkpoint` writes, in parallel, or
             "auto".
-        wait_for_chunks: `step()` and `save_full_checkpoint` return when durable.
+        wait_for_chunks: `train_step`, `end_step` and `save_full_checkpoint` return when durable;
+            `step`, after which the loop still has to do what belongs to the step (a scheduler's
+            step), when the one before is.
         checkpoint_every: Steps from one checkpoint to the next (1), or "continuous": the next one
             starts at the first step at which none is in flight.
         checkpoint_every_s: Seconds from one checkpoint to the next, instead or as well.
@@ -194,30 +196,38 @@ class LayerwiseCheckpointTrainer:
         self._metrics: dict[str, tuple[int, float]] = {}  # with the step of each
         self._owner = os.getpid()
 
-        self.adapter = PCCheckAdapter(
-            c_lib_path,
-            num_threads=num_threads,
-            max_async=max_async,
-            batch_size_mb=batch_size_mb,
-            ratio=ratio,
-            use_pccheck=use_pccheck,
-            use_monitor=use_monitor,
-            is_distributed=is_distributed,
-            rank=rank,
-            world_size=world_size,
-            verbose=verbose,
-            checkpoint_dir=checkpoint_dir,
-            block_size_mb=block_size_mb,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            on_error=on_error,
-            lock_timeout_s=lock_timeout_s,
-            device=_device_of(model),
-            verify_staged=verify_staged,
-            on_monitor_death=on_monitor_death,
-            drain_timeout_s=drain_timeout_s,
-            _manual_copier=_manual_copier,
-        )
+        order: OrderWatch | None = None
+        if not isinstance(base, LayerwiseOptimizer):
+            order = OrderWatch(model, example_inputs, verbose)
+        try:
+            self.adapter = PCCheckAdapter(
+                c_lib_path,
+                num_threads=num_threads,
+                max_async=max_async,
+                batch_size_mb=batch_size_mb,
+                ratio=ratio,
+                use_pccheck=use_pccheck,
+                use_monitor=use_monitor,
+                is_distributed=is_distributed,
+                rank=rank,
+                world_size=world_size,
+                verbose=verbose,
+                checkpoint_dir=checkpoint_dir,
+                block_size_mb=block_size_mb,
+                keep_last=keep_last,
+                keep_every=keep_every,
+                on_error=on_error,
+                lock_timeout_s=lock_timeout_s,
+                device=_device_of(model),
+                verify_staged=verify_staged,
+                on_monitor_death=on_monitor_death,
+                drain_timeout_s=drain_timeout_s,
+                _manual_copier=_manual_copier,
+            )
+        except BaseException:
+            if order is not None:
+                order.close()
+            raise
         self.checkpoint_dir = self.adapter.directory
         self.scheduler = LayerwiseCheckpointScheduler(
             self.adapter.save_layers_batch,
@@ -228,13 +238,11 @@ class LayerwiseCheckpointTrainer:
         self.metadata_manager = self.adapter.metadata
         self.recovery = ModelRecovery(self.checkpoint_dir)
         self._session = self.adapter.session
-        order: OrderWatch | None = None
         if isinstance(base, LayerwiseOptimizer):
             self.optimizer = base
         else:
             layers = group_parameters_by_layer(model)
             self.optimizer = LayerwiseOptimizer(base, list(reversed(layers)), layers)
-            order = OrderWatch(model, example_inputs, verbose)
         self._saver = StepSaver(
             self.adapter,
             self.scheduler,
@@ -248,9 +256,19 @@ class LayerwiseCheckpointTrainer:
             progress=self._progress,
             metrics=self._metrics_of_step,
             config={
+                "optimizer": type(self.optimizer.base_optimizer).__qualname__,
                 "checkpoint_every": checkpoint_every,
                 "checkpoint_every_s": checkpoint_every_s,
+                "keep_last": keep_last,
+                "keep_every": keep_every,
+                "keep_best": list(keep_best) if keep_best is not None else None,
+                "use_monitor": use_monitor,
+                "num_threads": num_threads,
+                "max_async": max_async,
+                "staging_mb": batch_size_mb * ratio,
+                "buffer_size_mb": buffer_size_mb,
                 "block_bytes": self.adapter.block_bytes,
+                "checkpoint_chunk_count": checkpoint_chunk_count,
                 "save_gradients": save_gradients,
                 "incremental": incremental,
             },
@@ -317,6 +335,7 @@ class LayerwiseCheckpointTrainer:
         Raises CheckpointError for a checkpoint that failed since the last call, before anything is
         changed (unless ``on_error="warn"``).
         """
+        self._require_open()
         if loss is not None:
             # Before the step: what it saves includes this loss. A voided step's is taken out again.
             self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else float(loss))
@@ -331,6 +350,13 @@ class LayerwiseCheckpointTrainer:
         if len(self._losses) > 2 * HISTORY:
             del self._losses[:-HISTORY], self._loss_steps[:-HISTORY]
         self._step_taken()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                f"the trainer of {self.checkpoint_dir} was shut down, and what it trains would not "
+                "be saved; make a new one, or go on with the optimizer alone"
+            )
 
     def _step_taken(self) -> None:
         if self._gradient_watch is not None:
@@ -372,6 +398,7 @@ class LayerwiseCheckpointTrainer:
         enable_checkpoint: bool = True,
     ) -> float:
         """Clear gradients, forward, backward, step; the loss. Seals the step it takes."""
+        self._require_open()
         if self.device is not None:
             inputs, labels = (
                 x.to(self.device) if isinstance(x, torch.Tensor) else x for x in (inputs, labels)
@@ -455,7 +482,18 @@ class LayerwiseCheckpointTrainer:
         self.exit_timeout_s = 0.0
         self.adapter.do_not_wait_at_exit()
 
+    _closed = False
+
     def _close(self) -> None:
+        self._closed = True
+        best = self._saver.best
+        if best is not None and not best.was_told and self._saver.steps_saved:
+            warnings.warn(
+                f'keep_best=("{best.metric}", "{best.mode}") has kept nothing: no step that was '
+                f"saved told {best.metric!r}; give it to report_metric(), or a loss to step()",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         for hook in self._hooks:
             hook.remove()
         if self._gradient_watch is not None:
@@ -559,9 +597,10 @@ class LayerwiseCheckpointTrainer:
         self._losses, self._loss_steps = array("d", losses), array("q", loss_steps)
 
     def load_checkpoint(self, checkpoint_id: str) -> list[str]:
-        """Load everything from one checkpoint; returns the layers that it has nothing of.
+        """Load everything from one checkpoint; returns the layers that it has not all of.
 
-        Raises as `resume` does, but for layers that are missing.
+        Layers of the model that the checkpoint has nothing of stay as they are, their optimizer
+        state too. Otherwise raises as `resume` does.
         """
         self._settle()
         return self._load(checkpoint_id, strict=False)

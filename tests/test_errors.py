@@ -497,3 +497,30 @@ def test_other_extra_objects_are_refused_and_nothing_is_changed(two_checkpoints:
     with trainer, pytest.raises(CheckpointMismatch, match=told):
         trainer.resume("auto")
     assert_unchanged(model, before)
+
+
+def test_an_argument_that_is_refused_leaves_no_directory_and_no_hook(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError):
+        pccheck_ext.LayerwiseCheckpointTrainer(
+            model,
+            torch.optim.SGD(model.parameters()),
+            checkpoint_dir=tmp_path / "run",
+            example_inputs=object(),
+        )
+    assert not (tmp_path / "run").exists()
+    assert not model._forward_pre_hooks
+
+
+def test_a_damaged_checkpoint_does_not_verify_under_its_older_name_either(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pccheck_ext.LayerwiseCheckpointTrainer(
+        model, torch.optim.SGD(model.parameters()), checkpoint_dir=tmp_path
+    ) as trainer:
+        trainer.step()
+    (tmp_path / "step-00000001" / "model.safetensors").unlink()
+    recovery = pccheck_ext.ModelRecovery(tmp_path)
+    assert recovery.verify("step-00000001") is False
+    assert recovery.verify("step_1") is False
+    with pytest.raises(FileNotFoundError):
+        recovery.verify("step_2")

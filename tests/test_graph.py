@@ -9,6 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from pccheck_ext import DependencyGraphBuilder, capture_first_forward
+from pccheck_ext import (
+    DependencyGraphBuilder,
+    LayerwiseCheckpointTrainer,
+    capture_first_forward,
+)
 from pccheck_ext._fake import Inputs
 from pccheck_ext._flow import DataFlow, record_data_flow
 from pccheck_ext.layers import GradientOrder, group_parameters_by_layer
@@ -887,3 +892,31 @@ def test_a_model_without_parameters_has_no_layers() -> None:
     builder = traced(nn.Sequential(nn.ReLU()))
     assert builder.get_update_order() == []
     assert builder.layer_info == {}
+
+
+def test_hooks_on_the_parameters_go_after_the_first_step_though_nothing_is_saved(
+    tmp_path: Path,
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    trainer = LayerwiseCheckpointTrainer(
+        model, torch.optim.SGD(model.parameters()), checkpoint_dir=tmp_path, checkpoint_every=50
+    )
+
+    def hooks() -> int:
+        return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+    before = hooks()
+    for _ in range(2):
+        trainer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        trainer.step()
+    assert hooks() <= before - 4
+    trainer.shutdown()
+
+
+def test_a_module_whose_name_ends_as_a_compiled_ones_attribute_keeps_it() -> None:
+    model = nn.Module()
+    model.my_orig_mod = nn.Sequential(nn.Linear(2, 2))
+    assert list(group_parameters_by_layer(model)) == ["my_orig_mod.0"]
+    compiled = torch.compile(model, backend="eager")
+    assert list(group_parameters_by_layer(compiled)) == ["my_orig_mod.0"]

@@ -366,3 +366,10 @@ def test_a_loss_that_is_no_finite_number_is_saved_as_any_other(loss: float, run:
     resumed = run()
     assert resumed.trainer.resume() == 3
     assert repr(resumed.trainer.loss_history) == repr([2.0, loss, 3.0])
+
+
+def test_a_metric_that_never_came_is_told_of_in_the_end(run: MakeRun) -> None:
+    one = run(keep_last=1, keep_best=("accuracy", "max"))
+    one.losses(2.0, 1.0)
+    with pytest.warns(RuntimeWarning, match=r'keep_best=\("accuracy", "max"\) has kept nothing'):
+        one.trainer.shutdown()

@@ -1049,6 +1049,78 @@ def test_waiting_for_every_step_does_not_change_what_a_step_is(directory: Path) 
     assert_resumes_bit_for_bit(program, directory, stops=(2,))
 
 
+def test_a_trainer_that_was_shut_down_takes_no_step_that_it_would_not_save(
+    directory: Path,
+) -> None:
+    live = Live(Program(model=Plain), directory).run(2)
+    live.trainer.shutdown()
+    before = live.state()["model"]
+    tokens, targets = next(live.data)
+    for step in (
+        lambda: live.trainer.step(1.0),
+        lambda: live.trainer.train_step(tokens, targets, torch.nn.functional.cross_entropy),
+    ):
+        with pytest.raises(RuntimeError, match="was shut down"):
+            step()
+    assert_same(live.state()["model"], before)
+    assert live.trainer.training_step == 2
+    live.trainer.wait()
+    live.trainer.shutdown()
+    live.base.step()  # the loop's own business
+
+
+def test_a_step_that_waits_returns_when_the_one_before_is_durable_and_its_own_at_its_end(
+    directory: Path,
+) -> None:
+    live = Live(Program(model=Plain, options={"wait_for_chunks": True}), directory)
+    recovery = ModelRecovery(directory)
+    for step in (1, 2, 3):
+        for parameter in live.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        live.trainer.step()
+        assert len(recovery.list_checkpoints()) == step - 1
+        live.trainer.end_step()
+        assert len(recovery.list_checkpoints()) == step
+    live.trainer.shutdown()
+
+
+class Taller(Plain):
+    """With a layer that older checkpoints have nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = nn.Linear(3, 3)
+
+
+def test_layers_that_a_checkpoint_has_nothing_of_stay_as_they_are(
+    directory: Path, tmp_path: Path
+) -> None:
+    adam = optimizer(torch.optim.Adam, lr=0.01)
+    live = Live(Program(model=Plain, optimizer=adam), directory).run(3)
+    live.trainer.shutdown()
+    taller = Live(Program(model=Taller, optimizer=adam), tmp_path)
+    for parameter in taller.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    taller.trainer.step()
+    taller.trainer.shutdown()
+    other = LayerwiseCheckpointTrainer(
+        taller.model, taller.base, checkpoint_dir=directory, extra={"data": Stream()}
+    )
+    added = [*taller.model.added.parameters()]
+    before = [(raw(p), raw(taller.base.state[p]["exp_avg"])) for p in added]
+    with pytest.raises(CheckpointMismatch):
+        other.resume()
+    assert other.load_checkpoint("step-00000003") == ["added"]
+    assert [(raw(p), raw(taller.base.state[p]["exp_avg"])) for p in added] == before
+    loaded = dict(taller.model.named_parameters())
+    for name, parameter in live.model.named_parameters():
+        assert raw(loaded[name]) == raw(parameter)
+        assert raw(taller.base.state[loaded[name]]["exp_avg"]) == raw(
+            live.base.state[parameter]["exp_avg"]
+        )
+    other.shutdown()
+
+
 def test_with_statement_commits_the_last_step(directory: Path) -> None:
     live = Live(Program(), directory)
     with live.trainer as trainer:

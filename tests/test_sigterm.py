@@ -166,6 +166,21 @@ def test_a_loop_that_comes_to_its_end_first_ends_as_it_always_does(directory: Pa
     assert there(run) == [1, 2, 3]
 
 
+def test_a_program_that_goes_on_after_training_as_if_nothing_were_is_ended_by_the_deadline(
+    directory: Path,
+) -> None:
+    run = directory / "run"
+
+    def go_on(live: Live) -> None:
+        live.trainer.shutdown()
+        threading.Event().wait()
+
+    child = terminated_after(3, run, plain(sigterm_deadline_s=0.2), then=go_on)
+    assert child.end() == SIGTERM_STATUS
+    assert "SIGTERM's deadline of 0.2 s has passed: step 3 is saved" in child.said()
+    assert there(run) == [1, 2, 3]
+
+
 def test_a_second_signal_changes_nothing(directory: Path) -> None:
     run = directory / "run"
 

@@ -161,7 +161,8 @@ TEST_F(IncrementalMonitor, ANewMonitorLinksToWhatTheOldOneHasCommitted) {
 }
 
 TEST_F(IncrementalMonitor, WhenTheMonitorDiesNobodyWaitsForItsAnswer) {
-  for (uint64_t step = 1; step <= 40; ++step) {
+  // The second of each pair may be there although nobody was told: its number is not used again.
+  for (uint64_t step = 1; step <= 60; step += 2) {
     MonitorWorld world(temp, book);
     expect_on_disk(world.save(step, first), first);
     std::jthread killer([&] { ::kill(world.client->process(), SIGKILL); });
@@ -170,7 +171,6 @@ TEST_F(IncrementalMonitor, WhenTheMonitorDiesNobodyWaitsForItsAnswer) {
       hand_over_all(*ticket, first);
       ticket->seal(kManifest, std::nullopt);
       ASSERT_TRUE(ticket->wait_finished(in_a_minute()));
-      step += ticket->state() == committed;
     } catch (const MonitorDied&) {
       // Before it was begun: as good.
     }
