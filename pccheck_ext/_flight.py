@@ -42,14 +42,17 @@ class Flight:
         *,
         on_error: str,
         on_monitor_death: str,
+        verbose: bool = False,
         ended: Callable[[Ticket], None] = lambda ticket: None,
     ) -> None:
         self.session = session
         self.on_error = on_error
         self.on_monitor_death = on_monitor_death
+        self.verbose = verbose
         self.ended = ended
         self.run_id = os.urandom(16)
         self.gated: list[Begun] = []  # tensors may not change yet
+        self.went_direct = False  # after the monitor's death
         self.given_up = 0  # checkpoints dropped on purpose; the engine counts them as failed
         self._in_flight: list[Ticket] = []
         self._dropped: list[Ticket] = []  # given up, and perhaps not cleared away yet
@@ -68,6 +71,9 @@ class Flight:
     def count(self) -> int:
         """How many are in flight at this moment."""
         return sum(ticket.in_flight() for ticket in self._in_flight)
+
+    def has_in_flight(self, name: str) -> bool:
+        return any(ticket.name == name and ticket.in_flight() for ticket in self._in_flight)
 
     def still_in_flight(self, timeout_s: float | None) -> str:
         """What a TimeoutError says."""
@@ -97,8 +103,15 @@ class Flight:
         return Begun(ticket, plan, set()) if ticket is not None else None
 
     def begin_ticket(
-        self, name: str, step: int, plan: BarePlan, *, during_update: bool = False
+        self,
+        name: str,
+        step: int,
+        plan: BarePlan,
+        *,
+        during_update: bool = False,
+        origin: int | None = None,
     ) -> Ticket | None:
+        """As `begin`. `origin`: which step training goes on from, where no state was loaded."""
         for older in [*self._in_flight, *self._dropped]:
             if older.name == name:
                 older.wait()  # an attempt at the same name that failed: let it clear its files away
@@ -106,6 +119,7 @@ class Flight:
         try:
             self.survive_monitor()
             if self._first_save:
+                self._origin = self._origin if origin is None else origin
                 self._set_aside(self._origin)
                 self._first_save = False
             try:
@@ -120,7 +134,17 @@ class Flight:
         if isinstance(ticket, MockTicket):
             ticket.layer_names = plan.layers
         self._in_flight.append(ticket)
+        self._tell(ticket, "begun")
         return ticket
+
+    def _tell(self, ticket: Ticket, what: str) -> None:
+        if self.verbose:
+            print(f"PCCheckAdapter: checkpoint {ticket.name} {what}")
+
+    def _has_ended(self, ticket: Ticket) -> None:
+        if ticket.committed():
+            self._tell(ticket, f"committed, {ticket.payload_bytes / (1 << 20):.2f} MiB")
+        self.ended(ticket)
 
     def _set_aside(self, step: int) -> None:
         aside = self.session.set_aside_after(step)
@@ -151,7 +175,7 @@ class Flight:
         self._dropped.append(ticket)
         self._in_flight = [other for other in self._in_flight if other is not ticket]
         self.gated = [begun for begun in self.gated if begun.ticket is not ticket]
-        self.ended(ticket)
+        self._has_ended(ticket)
 
     # -- gates -------------------------------------------------------------------------------------
 
@@ -189,7 +213,7 @@ class Flight:
             elif ticket.in_flight():
                 still.append(ticket)
                 continue
-            self.ended(ticket)
+            self._has_ended(ticket)
         self._in_flight = still
         self._dropped = [ticket for ticket in self._dropped if ticket.in_flight()]
         if self.session.is_open:
@@ -227,7 +251,7 @@ class Flight:
             begun.ticket.open_all_gates()
         lost = [ticket.name for ticket in self._in_flight if not ticket.committed()]
         for ticket in self._in_flight:
-            self.ended(ticket)
+            self._has_ended(ticket)
         self.gated, self._in_flight, self._dropped = [], [], []
         if self.on_monitor_death == "raise":
             raise CheckpointError(f"{death}. Lost: {', '.join(lost) or 'none'}")
@@ -240,6 +264,7 @@ class Flight:
         )
         try:
             (self.session.go_direct if direct else self.session.restart_monitor)()
+            self.went_direct = direct
         except (OSError, RuntimeError) as error:
             self.report(f"{death}, and there is no going on: {error}", error)
         return True

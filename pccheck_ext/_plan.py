@@ -6,7 +6,6 @@ that it does not. Everything runs on the training thread.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -251,6 +250,14 @@ def same_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The size of what a plan of model and optimizer would hold now, aliases counted once."""
+    tensors = {same_tensor(t): t for t in model_tensors(model)[0].values()}
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    kept = [value for value in values if isinstance(value, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in [*tensors.values(), *kept])
+
+
 def parameter_names(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[torch.Tensor, str], list[torch.Tensor]]:
@@ -438,20 +445,26 @@ class _Builder:
         by_key = {(p.file, p.name): p for p in order}
         by_layer: list[list[PlannedTensor]] = []
         described: dict[str, list[dict[str, Any]]] = {layer: [] for layer in home.values()}
+        counts = dict.fromkeys(described, 0)
         for i in range(len(self.layers)):
             by_layer.append([])
             for where in layout.layer_tensors(i):
                 p = by_key[where[:2]]
                 by_layer[-1].append(p)
                 entry = _describe_tensor(where, p.dtype, p.shape, p.device)
-                described[home[where[:2]]].append(entry)
+                layer = home[where[:2]]
+                described[layer].append(entry)
+                if is_of_model(p.file) and isinstance(p.live(), nn.Parameter):
+                    counts[layer] += p.shape.numel()
         return SavePlan(
             layers=self.layers,
             layout=layout,
             tensors=order,
             by_layer=by_layer,
             static_manifest={
-                "layers": _codec.Written([describe(*layer) for layer in described.items()], 1),
+                "layers": _codec.Written(
+                    [describe(layer, own, counts[layer]) for layer, own in described.items()], 1
+                ),
                 "aliases": _codec.Written(dict(self.aliases), 1),
                 "parameters": _codec.Written(
                     [
@@ -486,10 +499,11 @@ def is_of_model(file: str) -> bool:
     return file == MODEL_FILE or file.startswith("model-")
 
 
-def describe(layer: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(layer: str, entries: list[dict[str, Any]], param_count: int) -> dict[str, Any]:
+    """The manifest's entry of a layer; `param_count` elements of these are parameters of it."""
     return {
         "name": layer,
-        "param_count": sum(math.prod(e["shape"]) for e in entries if is_of_model(e["file"])),
+        "param_count": param_count,
         "size_bytes": sum(e["bytes"] for e in entries),
         "tensors": entries,
     }

@@ -147,7 +147,7 @@ class StepSaver:
         )
         self.graph_builder: DependencyGraphBuilder | None = None
         self._order = order
-        adapter.bind(self._save_whole, self._unsealed)
+        adapter.bind(self._save_whole, self._state_bytes, self._unsealed)
 
     # -- StepObserver ------------------------------------------------------------------------------
 
@@ -433,6 +433,12 @@ class StepSaver:
             raise RuntimeError("the set of tensors changes while it is being read")
         self.seal()
         return begun.plan.layout.total_bytes
+
+    def _state_bytes(self) -> int:
+        plan = self._plan or self._whole_plan
+        if plan is not None:
+            return plan.layout.total_bytes
+        return _plan.state_bytes(self.model, self.optimizer)
 
     # -- the gate for others, and failures ---------------------------------------------------------
 

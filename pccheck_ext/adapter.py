@@ -35,6 +35,9 @@ SaveWhole = Callable[[str, int, int], int]
 ValueError where the state is that of another step.
 """
 
+StateBytes = Callable[[], int]
+"""The size in bytes of the state that there is now."""
+
 
 class PCCheckAdapter:
     """Opens a run's directory in one of three modes, and saves layers to it.
@@ -48,6 +51,7 @@ class PCCheckAdapter:
     Args:
         c_lib_path: Ignored, with a warning: the engine is built in.
         checkpoint_file: Names the run's directory; a suffix such as ``.chk`` is dropped.
+        checkpoint_dir: The run's directory; `checkpoint_file` does not count then.
         num_threads: Writer threads, 1 to 256.
         max_async: Checkpoints in flight; one more waits.
         batch_size_mb, ratio: Their product, in MiB, is the staging memory.
@@ -55,6 +59,7 @@ class PCCheckAdapter:
         keep_last, keep_every: Checkpoints of steps kept: so many of the newest (0: all), and those
             whose step is a multiple (0: none).
         on_error: "raise" or "warn".
+        verbose: Print a line for each checkpoint begun and one for each found committed.
         lock_timeout_s: How long to wait for another process to let go of the directory.
         device: Where the tensors live; tensors in host memory may come as well.
         verify_staged: Also compare checksums of the live tensors, twice a checkpoint.
@@ -115,17 +120,20 @@ class PCCheckAdapter:
                 f"batch_size_mb x ratio = {staging:g} MiB of staging memory holds fewer than four "
                 f"blocks of block_size_mb = {block_size_mb:g}; enlarge the former or shrink this"
             )
-        self.mode = "mock" if not use_pccheck else "monitor" if use_monitor else "direct"
+        lock_timeout_s = _seconds("lock_timeout_s", lock_timeout_s)
+        drain_timeout_s = _positive("drain_timeout_s", drain_timeout_s)
+        named = _directory(checkpoint_dir, checkpoint_file)
+        self._opened_as = "mock" if not use_pccheck else "monitor" if use_monitor else "direct"
         self.num_threads = num_threads
         self.device = torch.device(device)
         self.verbose = verbose
         # Wherever the process goes later.
-        self.directory = os.path.abspath(checkpoint_dir or _names.directory_of(checkpoint_file))
+        self.directory = os.path.abspath(named)
         self.metadata = CheckpointMetadataManager(
             self.directory, self.directory, directory=self.directory
         )
         self._owner = os.getpid()
-        if self.mode == "mock":
+        if self._opened_as == "mock":
             self.session: Session = MockSession(self.directory)
         else:
             try:
@@ -137,22 +145,30 @@ class PCCheckAdapter:
                     max_in_flight=max_async,
                     keep_last=keep_last,
                     keep_every=keep_every,
-                    lock_timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
+                    lock_timeout_s=lock_timeout_s,
                     device=str(self.device),
                     manual_copier=_manual_copier,
                     verify_staged=verify_staged,
-                    monitor=_MONITOR if self.mode == "monitor" else None,
-                    drain_timeout_s=_positive("drain_timeout_s", drain_timeout_s),
+                    monitor=_MONITOR if self._opened_as == "monitor" else None,
+                    drain_timeout_s=drain_timeout_s,
                 )
             except RuntimeError as error:
                 raise CheckpointError(str(error)) from None
-        self.flight = Flight(self.session, on_error=on_error, on_monitor_death=on_monitor_death)
+        self.flight = Flight(
+            self.session, on_error=on_error, on_monitor_death=on_monitor_death, verbose=verbose
+        )
         self._lock = threading.RLock()  # guards flight and session where there is no trainer
         self._save_whole: SaveWhole | None = None
+        self._state_bytes: StateBytes = lambda: self._loose.state_bytes
         self._unsealed: Callable[[], Ticket | None] = lambda: self._loose.ticket
         self._current: Begun | None = None  # a trainer's, whose layers are being handed over
         self._loose = _LooseLayers(self)
         _exit.remember(self)
+
+    @property
+    def mode(self) -> str:
+        """``"mock"``, ``"direct"`` or ``"monitor"``; direct after going on without monitor."""
+        return "direct" if self.flight.went_direct else self._opened_as
 
     @property
     def recorded(self) -> list[RecordedCheckpoint]:
@@ -168,13 +184,16 @@ class PCCheckAdapter:
 
         Alone: the layers of a training step make one checkpoint, ``step-<step>``, sealed when a
         layer of another step comes, by `finish_step` or `shutdown`. A layer's tensors are called
-        ``<layer>.0``, ``<layer>.1`` and so on there. In a trainer's step they are read after the
-        call has returned: its gates keep them as they are.
+        ``<layer>.0``, ``<layer>.1`` and so on there. What the directory holds of the first step
+        that comes, or of later ones, is set aside as ``*.stale``, with a warning. In a trainer's
+        step the layers are read after the call has returned: its gates keep them as they are.
 
         Returns ``{"checkpoint_id", "layers", "bytes"}``: the layers' number and size in bytes.
-        Raises ValueError for a layer that this step has already or that comes after its seal,
-        TypeError for a tensor that cannot be saved, of a step that then makes no checkpoint,
-        CheckpointError for what failed.
+        Raises ValueError for a layer that this step has already and TypeError for a tensor that
+        cannot be saved: the step then makes no checkpoint, and further layers of it are dropped.
+        ValueError for a layer that comes after its step's seal, which the checkpoint lacks. Raises
+        CheckpointError for what failed: a step that cannot be begun, which makes no checkpoint, or
+        an older checkpoint, after the layers have been taken.
         """
         begun = self._current
         if begun is None and self._save_whole is not None:
@@ -221,8 +240,8 @@ class PCCheckAdapter:
         for every count.
 
         Returns ``{"checkpoint_id", "chunks", "bytes"}`` when the save is on its way. Raises
-        ValueError for a name that cannot be or is there already, or for another step than that of
-        the state.
+        ValueError for a name that cannot be, is there already or in flight, or for another step
+        than that of the state.
         """
         _names.check_id(checkpoint_id)
         _whole_number("training_step", training_step, 0)
@@ -233,16 +252,24 @@ class PCCheckAdapter:
                 f"checkpoint_id {checkpoint_id!r} names another step than {training_step}, "
                 "the one to be saved"
             )
+        with self._locked():
+            self._refuse_known(checkpoint_id)
+            chunks = self._chunks(chunk_count)
+            save = self._save_whole or self._loose.save_whole
+            size = save(checkpoint_id, training_step, chunks)
+        return {"checkpoint_id": checkpoint_id, "chunks": chunks, "bytes": size}
+
+    def _refuse_known(self, checkpoint_id: str) -> None:
+        if self.flight.has_in_flight(checkpoint_id):  # first: it may be there the next moment
+            raise ValueError(
+                f"checkpoint_id {checkpoint_id!r} is in flight already to {self.directory}; "
+                "choose another name"
+            )
         if self._is_there(checkpoint_id):
             raise ValueError(
                 f"checkpoint_id {checkpoint_id!r} is there already in {self.directory}; "
                 "choose another name or remove it first"
             )
-        with self._locked():
-            chunks = self._chunks(chunk_count)
-            save = self._save_whole or self._loose.save_whole
-            size = save(checkpoint_id, training_step, chunks)
-        return {"checkpoint_id": checkpoint_id, "chunks": chunks, "bytes": size}
 
     def _is_there(self, checkpoint_id: str) -> bool:
         if self.mode == "mock":
@@ -253,19 +280,24 @@ class PCCheckAdapter:
         if isinstance(chunk_count, int):
             return chunk_count
         stats = self.session.stats()
-        seconds, committed = stats["durable_s_total"], stats["bytes_persisted"]
-        bandwidth = committed / seconds if seconds else None
-        per_checkpoint = committed / max(1, stats["checkpoints_committed"])
-        return _policy.chunks_for(int(per_checkpoint) or 1 << 30, bandwidth, self.num_threads)
+        seconds, persisted = stats["durable_s_total"], stats["bytes_persisted"]
+        bandwidth = persisted / seconds if seconds and persisted else None
+        return _policy.chunks_for(self._state_bytes(), bandwidth, self.num_threads)
 
     # -- for a trainer -----------------------------------------------------------------------------
 
-    def bind(self, save_whole: SaveWhole, unsealed: Callable[[], Ticket | None]) -> None:
+    def bind(
+        self,
+        save_whole: SaveWhole,
+        state_bytes: StateBytes,
+        unsealed: Callable[[], Ticket | None],
+    ) -> None:
         """Whose state `save_entire_checkpoint_in_chunks` saves from now on.
 
         `unsealed` tells which checkpoint `wait` need not wait for: it is not sealed yet.
         """
         self._save_whole = save_whole
+        self._state_bytes = state_bytes
         self._unsealed = unsealed
 
     def hand_over_to(self, begun: Begun | None) -> None:
@@ -285,9 +317,10 @@ class PCCheckAdapter:
         Raises CheckpointError for what failed, TimeoutError, naming what is still in flight, when
         `timeout_s` seconds have passed first (None: waits on).
         """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         if not self.flight.wait(timeout_s, but=self._unsealed()):
             raise TimeoutError(self.flight.still_in_flight(timeout_s))
-        with self._locked():
+        with self._locked(timeout_s, until):
             self.flight.raise_failures()
 
     def shutdown(self, timeout_s: float | None = None) -> None:
@@ -301,17 +334,18 @@ class PCCheckAdapter:
         if os.getpid() != self._owner or not self.session.is_open:
             return
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._locked(timeout_s):
-            try:
-                self._loose.seal()
-                self.wait(None if until is None else max(0.0, until - time.monotonic()))
-            except TimeoutError:
-                self.do_not_wait_at_exit()
-                raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
-            except CheckpointError:  # what has failed has ended; an interrupt leaves all as it is
+        try:
+            with self._locked(timeout_s, until):
+                try:
+                    self._loose.seal()
+                    self.wait(_left(until))
+                except CheckpointError:  # what has failed has ended; an interrupt leaves all as is
+                    self._close()
+                    raise
                 self._close()
-                raise
-            self._close()
+        except TimeoutError:
+            self.do_not_wait_at_exit()
+            raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
 
     def do_not_wait_at_exit(self) -> None:
         """Nor when this is dropped: it has been waited for in vain."""
@@ -329,9 +363,10 @@ class PCCheckAdapter:
             )
 
     @contextmanager
-    def _locked(self, timeout_s: float | None = None) -> Iterator[None]:
-        if not self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            self.do_not_wait_at_exit()
+    def _locked(self, timeout_s: float | None = None, until: float | None = None) -> Iterator[None]:
+        """Another thread has it while it waits for the disk: so until then, `timeout_s` in all."""
+        left = _left(until)
+        if not self._lock.acquire(timeout=-1 if left is None else left):
             raise TimeoutError(self.flight.still_in_flight(timeout_s))
         try:
             yield
@@ -342,7 +377,7 @@ class PCCheckAdapter:
         session = getattr(self, "session", None)
         if session is None or not session.is_open or os.getpid() != self._owner:
             return
-        if getattr(self, "_save_whole", None) is not None or self.mode == "mock":
+        if getattr(self, "_save_whole", None) is not None or self._opened_as == "mock":
             return  # a trainer's, which does this itself
         if sys.is_finalizing():
             return  # as has been told
@@ -363,65 +398,102 @@ class _LooseLayers:
 
     def __init__(self, adapter: PCCheckAdapter) -> None:
         self._adapter = adapter
-        self._step: int | None = None
+        self._step: int | None = None  # without a ticket: it makes no checkpoint, which was told
         self._sealed: int | None = None
         self.ticket: Ticket | None = None  # not sealed yet
         self._layers: dict[str, dict[str, Any]] = {}  # the manifest's entries
         self._files = 0
         self._newest: dict[str, SaveTask] = {}
+        self._given_up: set[int] = set()  # steps of which `_newest` may lack layers
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(task.size_bytes for task in self._newest.values())
 
     def save(self, tasks: Sequence[SaveTask]) -> dict[str, Any]:
+        batches: dict[int, list[SaveTask]] = {}
+        for task in tasks:
+            batches.setdefault(task.training_step, []).append(task)
+        size = 0
+        refused: BaseException | None = None
+        for step, batch in batches.items():
+            try:
+                size += self._save_step(step, batch)
+            except BaseException as error:  # of this step: those of the others are taken first
+                if refused is None:
+                    refused = error
+                elif refused.__context__ is None:
+                    refused.__context__ = error  # both are shown
+        if refused is not None:
+            raise refused
+        # Not before: a layer that was refused for an older checkpoint would be missing in its own.
         self._adapter.flight.raise_failures()
-        size, name = 0, ""
-        for step in dict.fromkeys(task.training_step for task in tasks):
-            if step == self._sealed:
-                raise ValueError(f"step {step} is sealed: no further layers of it can be saved")
-            if step != self._step:
-                self.seal()
-                self._begin(step)
-            batch = [task for task in tasks if task.training_step == step]
-            size += self._add(batch)
-            name = _names.step_id(step)
+        name = _names.step_id(next(reversed(batches))) if batches else ""
         return {"checkpoint_id": name, "layers": len(tasks), "bytes": size}
 
-    def _begin(self, step: int) -> None:
-        plan = _plan.BarePlan([], _C.Layout([], 0, self._adapter.block_bytes), [])
-        self.ticket = self._adapter.flight.begin_ticket(_names.step_id(step), step, plan)
-        self._step, self._layers, self._files = step, {}, 0
+    def _save_step(self, step: int, tasks: list[SaveTask]) -> int:
+        if step == self._sealed:
+            raise ValueError(f"step {step} is sealed: no further layers of it can be saved")
+        if step == self._step:
+            return self._add(tasks)
+        try:
+            self.seal()
+        finally:  # what the older step failed with shall not cost this one its layers
+            self._begin(step)
+            size = self._add(tasks)
+        return size
 
-    def _add(self, tasks: Sequence[SaveTask]) -> int:
-        names = set(self._layers)
-        for task in tasks:
-            if task.layer_name in names:
-                raise ValueError(
-                    f"step {task.training_step} has a layer {task.layer_name!r} already"
-                )
-            names.add(task.layer_name)
+    def _begin(self, step: int) -> None:
+        # First: where it cannot be begun, its later layers shall not make a checkpoint alone.
+        self._step, self._layers, self._files = step, {}, 0
+        self._given_up.discard(step)
+        plan = _plan.BarePlan([], _C.Layout([], 0, self._adapter.block_bytes), [])
+        self.ticket = self._adapter.flight.begin_ticket(
+            _names.step_id(step), step, plan, origin=max(0, step - 1)
+        )
+
+    def _add(self, tasks: list[SaveTask]) -> int:
         ticket = self.ticket
         if ticket is None:
             return 0  # it could not be begun, or was given up, which was told
         try:
+            self._refuse_twice(tasks)
             tensors = _named(tasks)
             file = f"model-{self._files + 1:05d}.safetensors"
             layout, described = _plan.plan_loose(file, tensors, self._adapter.block_bytes)
             layer = ticket.add(layout, [*tensors.values()])
+            ticket.wait_layer_staged(layer)
         except BaseException as error:
             self.ticket = None  # nobody shall take what lacks these layers for the step's state
+            self._given_up.add(ticket.step)
             self._adapter.flight.give_up_ticket(ticket, f"{type(error).__name__}: {error}")
             raise
         self._files += 1
         self._layers.update(_entries(tasks, described))
         self._newest.update((task.layer_name, task) for task in tasks)
-        ticket.wait_layer_staged(layer)
         ticket.open_gate(layer)
         return sum(entry["bytes"] for entry in described)
 
+    def _refuse_twice(self, tasks: list[SaveTask]) -> None:
+        names = set(self._layers)
+        for task in tasks:
+            if task.layer_name in names:
+                raise ValueError(
+                    f"step {task.training_step} has a layer {task.layer_name!r} already; "
+                    "it makes no checkpoint now"
+                )
+            names.add(task.layer_name)
+
     def seal(self) -> None:
         ticket, self.ticket = self.ticket, None
-        self._step = None
+        if self._step is not None:
+            self._sealed, self._step = self._step, None
         if ticket is not None:
-            self._sealed = ticket.step
-            ticket.seal(self._manifest(ticket, self._layers))
+            try:
+                ticket.seal(self._manifest(ticket, self._layers))
+            except BaseException as error:  # or it would be in flight for ever
+                self._adapter.flight.give_up_ticket(ticket, f"{type(error).__name__}: {error}")
+                raise
 
     def _manifest(self, ticket: Ticket, layers: dict[str, dict[str, Any]]) -> bytes:
         manifest = self._adapter.metadata.compose(
@@ -447,13 +519,18 @@ class _LooseLayers:
                 f"there is no whole state of step {training_step} to be saved: of the layers that "
                 f"came by save_layers_batch, the newest are {has}"
             )
+        if training_step in self._given_up:
+            raise ValueError(
+                f"there is no whole state of step {training_step} to be saved: a layer of it was "
+                "refused"
+            )
         adapter.flight.raise_failures()
         self.seal()
         tensors = _named(tasks)
         file = _plan.MODEL_FILE
         layout, described = _plan.plan_loose(file, tensors, adapter.block_bytes, chunks)
         plan = _plan.BarePlan(["(state)"], layout, [])
-        ticket = adapter.flight.begin_ticket(name, training_step, plan)
+        ticket = adapter.flight.begin_ticket(name, training_step, plan, origin=training_step)
         if ticket is None:
             return 0
         try:
@@ -481,7 +558,8 @@ def _entries(
     entries, at = {}, 0
     for task in tasks:
         end = at + len(task.layer_params)
-        entries[task.layer_name] = _plan.describe(task.layer_name, described[at:end])
+        count = sum(tensor.numel() for tensor in task.layer_params)
+        entries[task.layer_name] = _plan.describe(task.layer_name, described[at:end], count)
         at = end
     return entries
 
@@ -507,6 +585,23 @@ def _positive(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or not 0 < value < 1 << 40:
         raise ValueError(f"{name} must be a positive number, not {value!r}")
     return float(value)
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
+
+
+def _directory(
+    checkpoint_dir: str | os.PathLike[str] | None, checkpoint_file: str | os.PathLike[str]
+) -> str:
+    given, name = checkpoint_dir, "checkpoint_dir"
+    if checkpoint_dir is None:
+        given, name = checkpoint_file, "checkpoint_file"
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {type(given).__qualname__}")
+    if not os.fspath(given):
+        raise ValueError(f"{name} must name a directory, and is empty")
+    return _names.directory_of(given) if checkpoint_dir is None else os.fspath(given)
 
 
 def _seconds(name: str, value: float) -> float:

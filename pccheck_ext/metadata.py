@@ -147,12 +147,14 @@ class CheckpointMetadataManager:
     def get_checkpoint_info(self, checkpoint_id: str) -> dict[str, Any]:
         """``{"checkpoint_id", "training_step", "timestamp", "layers": {name: entry}, ...}``.
 
-        A layer's entry has ``checkpoint_id``, ``training_step``, ``offset_in_file`` and
-        ``size_bytes`` (bytes; the offset of its first tensor in its first file, the size of all),
-        ``param_count``, ``shapes``, ``dtypes``, ``timestamp`` (s since 1970), and of checkpoints of
-        the engine's ``tensors``, each with ``file``, ``name``, ``offset``, ``bytes``, and
-        ``checksums``, the CRC32C of each block that the layer has a part in, by file. Raises
-        CheckpointNotFound, CheckpointCorrupt, and ValueError for what cannot be an id.
+        A layer's entry has ``checkpoint_id``, ``training_step``, ``offset_in_file`` (bytes) and
+        ``size_bytes``, ``shapes`` and ``dtypes``, all of the layer's tensors in the model: where
+        the first begins in its file, the size of all, buffers included. ``param_count`` counts
+        elements of parameters alone, ``timestamp`` is in s since 1970. Of checkpoints of the
+        engine's there are ``total_bytes``, the size with optimizer state and gradients,
+        ``tensors``, each with ``file``, ``name``, ``offset``, ``bytes``, and ``checksums``, the
+        CRC32C of each block that the layer has a part in, by file. Raises CheckpointNotFound,
+        CheckpointCorrupt, and ValueError for what cannot be an id.
         """
         _names.check_id(checkpoint_id)
         recorded = self._recorded(checkpoint_id)
@@ -192,7 +194,8 @@ class CheckpointMetadataManager:
             layers[layer["name"]] = {
                 **told,
                 "offset_in_file": min((t["offset"] for t in own or tensors), default=0),
-                "size_bytes": layer["size_bytes"],
+                "size_bytes": sum(t["bytes"] for t in own),
+                "total_bytes": sum(t["bytes"] for t in tensors),
                 "param_count": layer["param_count"],
                 "shapes": [t["shape"] for t in own],
                 "dtypes": [t["dtype"] for t in own],

@@ -78,8 +78,11 @@ class _Layer:
 
 @dataclass
 class _HandOver:
-    """Who is told of updated layers in one step. Whoever raises is told no more, and the error
-    waits: it must not come between two layers."""
+    """Who is told of updated layers in one step. An error waits: it must not come between two.
+
+    An observer that has raised is told no more. A callback is: what it raised may be an error of
+    an older step, and what it does for this one shall not lack the later layers.
+    """
 
     callback: LayerCallback | None
     observer: StepObserver | None
@@ -95,7 +98,6 @@ class _HandOver:
             try:
                 self.callback(layer.name, self.training_step, _copies(layer.listed, self.pinned))
             except BaseException as error:
-                self.callback = None
                 self._keep(error)
             self.callback_s += time.perf_counter() - start
         if self.deferred is None:
@@ -118,8 +120,14 @@ class _HandOver:
     def _keep(self, error: BaseException) -> None:
         if self.error is None:
             self.error = error
-        elif self.error.__context__ is None:
-            self.error.__context__ = error  # the first is raised, both are shown
+            return
+        shown = [self.error]
+        while shown[-1].__context__ is not None:
+            shown.append(shown[-1].__context__)
+        # The first is raised, and all are shown, but not the same one for every layer.
+        known = any(type(one) is type(error) and str(one) == str(error) for one in shown)
+        if not known and error.__context__ is None:
+            shown[-1].__context__ = error
 
 
 def _of_base(name: str) -> Any:
@@ -142,8 +150,8 @@ class LayerwiseOptimizer(Optimizer):
     `callback(layer_name, training_step, layer_params)` is called after each layer's update with
     copies of its parameters (of CUDA ones in pinned host memory if `use_pinned_memory`).
     `training_step` counts applied steps, this one included. If it raises, the step is completed
-    first. Without a callback, or an observer that wants this step, the base steps whole, at its own
-    speed (the fast path).
+    first, and the layers that are left are told to it all the same. Without a callback, or an
+    observer that wants this step, the base steps whole, at its own speed (the fast path).
 
     `layerwise`: None steps the types of torch.optim by layer, others whole, with a warning. False
     steps whole. True vouches for a type of your own: its step treats each parameter by itself and

@@ -27,7 +27,7 @@ __all__ = ["LayerwiseCheckpointScheduler", "SaveHandler", "SaveTask"]
 _MIB = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality of one answer
 class SaveTask:
     """One layer as one step left it; `layer_params` are the tensors to be saved, of any shape."""
 
@@ -116,11 +116,10 @@ class LayerwiseCheckpointScheduler:
     ) -> None:
         """Add one layer; hands the buffer over when it is full or belongs to an older step.
 
-        Raises TypeError for what are no tensors, CheckpointError for a handler that has failed,
-        RuntimeError after `shutdown`.
+        Raises TypeError for what are no tensors and RuntimeError after `shutdown`: the layer is not
+        added then. What the handler failed with is raised once the layer has been added.
         """
         self._refuse_in_child()
-        self._raise_errors()
         if self._closed:
             raise RuntimeError("the scheduler was shut down and takes no more layers")
         params = list(layer_params)
@@ -131,25 +130,32 @@ class LayerwiseCheckpointScheduler:
                     f"{type(tensor).__qualname__}"
                 )
         gathered = self._tasks
-        if gathered and gathered[0].training_step != training_step:
+        try:
+            if gathered and gathered[0].training_step != training_step:
+                self._hand_over()
+        finally:  # or its step would lack it for what has failed of an older one
+            is_full = self._gather(SaveTask(layer_name, training_step, params))
+        if is_full:
             self._hand_over()
-        task = SaveTask(layer_name, training_step, params)
+        self._raise_errors()
+
+    def _gather(self, task: SaveTask) -> bool:
+        """True: the buffer is full."""
         size = task.size_bytes
         with self._pending.changed:
             self._tasks.append(task)
             self._size_bytes += size
             self._bytes_added += size
             self._counts["tasks_added"] += 1
-            is_full = self._size_bytes >= self._buffer_bytes
-        if is_full:
-            self._hand_over()
-        self._raise_errors()
+            return self._size_bytes >= self._buffer_bytes
 
     def force_flush(self, timeout_s: float | None = 60.0) -> None:
         """Hand over what there is and return when the handler is done with it.
 
         Raises TimeoutError when it is not within `timeout_s` seconds (None: waits on), after which
-        the handler goes on; CheckpointError for a handler that has failed.
+        the handler goes on; CheckpointError for a handler that has failed. Without `async_save`
+        `timeout_s` does not count: the handler runs inside this call, and is not left before it
+        returns.
         """
         self._refuse_in_child()
         until = None if timeout_s is None else time.monotonic() + timeout_s
@@ -168,7 +174,10 @@ class LayerwiseCheckpointScheduler:
         self._tasks, self._size_bytes = [], 0
 
     def shutdown(self, timeout_s: float | None = 60.0) -> None:
-        """`force_flush`, then end the thread. Again: no effect. Raises as `force_flush` does."""
+        """`force_flush`, then end the thread. Again: no effect. Raises as `force_flush` does.
+
+        Without `async_save` `timeout_s` does not count, as there.
+        """
         if os.getpid() != self._owner or self._closed:
             return
         self._closed = True
@@ -223,21 +232,27 @@ class LayerwiseCheckpointScheduler:
 
     def _hand_over(self, until: float | None = None) -> None:
         """By `until` (None: whenever there is room); TimeoutError: nothing was handed over."""
+        if self.async_save and self._tasks and self._thread is None:
+            self._thread = self._started()
         with self._pending.changed:  # the handler may add layers and flush, too
             tasks, size = self._tasks, self._size_bytes
             self._tasks, self._size_bytes = [], 0
         if not tasks:
             return
         if self.async_save:
-            there_is_room = False
-            try:
-                there_is_room = self._enqueue(tasks, size, until)
-            finally:
-                if not there_is_room:  # or interrupted
-                    with self._pending.changed:
-                        self._tasks, self._size_bytes = tasks + self._tasks, size + self._size_bytes
-            if not there_is_room:
+            if not self._enqueue(tasks, size, until):
+                with self._pending.changed:
+                    self._tasks, self._size_bytes = tasks + self._tasks, size + self._size_bytes
                 raise TimeoutError(f"there was no room for another batch in time; {self}")
+            return
+        self._count(tasks, size)
+        start = time.perf_counter()
+        try:
+            self.save_handler(tasks)
+        finally:
+            self._pending.handler_s += time.perf_counter() - start
+
+    def _count(self, tasks: list[SaveTask], size: int) -> None:
         self._counts["tasks_handed_over"] += len(tasks)
         self._counts["batches"] += 1
         self._largest_batch_bytes = max(self._largest_batch_bytes, size)
@@ -246,25 +261,12 @@ class LayerwiseCheckpointScheduler:
                 f"LayerwiseCheckpointScheduler: step {tasks[0].training_step}: {len(tasks)} layers,"
                 f" {size / _MIB:.2f} MiB"
             )
-        if not self.async_save:
-            start = time.perf_counter()
-            try:
-                self.save_handler(tasks)
-            finally:
-                self._pending.handler_s += time.perf_counter() - start
 
     def _enqueue(self, tasks: list[SaveTask], size: int, until: float | None) -> bool:
         """False where there is no room for them by then."""
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_handle, args=(self.save_handler, self._pending), name="pccheck-handler"
-            )
-            self._thread.daemon = True  # or the exit would wait for it before it is told to end
-            self._thread.start()
-            # Not at exit, where more may have to be handed over: shutdown() comes there.
-            weakref.finalize(self, _stop, self._pending).atexit = False
         pending = self._pending
         start = time.perf_counter()
+        there_is_room = True
         with pending.changed:
             own = threading.current_thread() is self._thread
             try:
@@ -275,14 +277,27 @@ class LayerwiseCheckpointScheduler:
                     and pending.size_bytes + size > self._most_pending
                 ):
                     if not _wait(pending.changed, until):
-                        return False
+                        there_is_room = False
+                        break
             finally:
                 self._waited_s += time.perf_counter() - start
-            pending.batches.append((tasks, size))
-            pending.size_bytes += size
-            self._most_pending_seen = max(self._most_pending_seen, pending.size_bytes)
-            pending.changed.notify_all()
-        return True
+                if there_is_room:  # interrupted, too: the next step's layers may come behind them
+                    pending.batches.append((tasks, size))
+                    pending.size_bytes += size
+                    self._most_pending_seen = max(self._most_pending_seen, pending.size_bytes)
+                    pending.changed.notify_all()
+                    self._count(tasks, size)
+        return there_is_room
+
+    def _started(self) -> threading.Thread:
+        thread = threading.Thread(
+            target=_handle, args=(self.save_handler, self._pending), name="pccheck-handler"
+        )
+        thread.daemon = True  # or the exit would wait for it before it is told to end
+        thread.start()
+        # Not at exit, where more may have to be handed over: shutdown() comes there.
+        weakref.finalize(self, _stop, self._pending).atexit = False
+        return thread
 
     def _refuse_in_child(self) -> None:
         # Before any lock is asked for: the handler's thread may have held it at the fork.

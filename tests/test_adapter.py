@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from _waiting import DEADLINE_S, Child, Running, eventually, go_on, one_thread, 
 from torch import Tensor, nn
 
 from pccheck_ext import (
+    _C,
     CheckpointCorrupt,
     CheckpointError,
     CheckpointMetadataManager,
@@ -40,6 +42,7 @@ from pccheck_ext import (
     ModelRecovery,
     PCCheckAdapter,
     SaveTask,
+    _policy,
 )
 from pccheck_ext.layers import group_parameters_by_layer
 
@@ -242,7 +245,7 @@ def test_a_layer_that_comes_after_the_seal_is_refused(open_adapter: OpenAdapter)
 
 
 @pytest.mark.parametrize("again", ["in the same batch", "later"])
-def test_a_layer_that_comes_twice_is_refused_and_the_step_is_saved_without(
+def test_a_layer_that_comes_twice_is_refused_and_its_step_is_no_checkpoint(
     again: str, directory: Path, open_adapter: OpenAdapter
 ) -> None:
     adapter = open_adapter()
@@ -250,13 +253,217 @@ def test_a_layer_that_comes_twice_is_refused_and_the_step_is_saved_without(
     tasks = [SaveTask("b", 1, [torch.ones(3)]), SaveTask("b", 1, [torch.ones(3)])]
     if again == "later":
         tasks = [SaveTask("a", 1, [torch.ones(2)])]
-    with pytest.raises(ValueError, match=f"step 1 has a layer '{tasks[0].layer_name}' already"):
+    name = tasks[0].layer_name
+    message = f"step 1 has a layer '{name}' already; it makes no checkpoint now"
+    with pytest.raises(ValueError, match=message):
         adapter.save_layers_batch(tasks)
     adapter.save_layers_batch([SaveTask("c", 1, [torch.ones(4)])])
+    with pytest.raises(ValueError, match="of step 1 to be saved: a layer of it was refused"):
+        adapter.save_entire_checkpoint_in_chunks("mine", 1)
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000002"]
+
+
+def fail_at(directory: Path, step: int) -> None:
+    """Makes this step's checkpoint fail: its name is taken by what is no checkpoint."""
+    (directory / "run" / f"step-{step:08d}").mkdir()
+    (directory / "run" / f"step-{step:08d}" / "foreign").touch()
+
+
+def refuse_to_begin(patch: pytest.MonkeyPatch, step: int) -> None:
+    begin = _C.Session.begin
+
+    def refusing(session: _C.Session, name: str, *rest: Any) -> _C.Ticket:
+        if name == f"step-{step:08d}":
+            raise OSError("refused")
+        return begin(session, name, *rest)
+
+    patch.setattr(_C.Session, "begin", refusing)
+
+
+def test_layers_that_come_when_an_older_checkpoint_has_failed_are_all_of_their_step(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 1)
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    fail_at(directory, 2)
+    adapter.finish_step()
+    failing = adapter.flight._in_flight[-1]
+    assert failing.wait(DEADLINE_S)
+    assert failing.error() is not None
+    with pytest.raises(CheckpointError, match="step-00000002 failed"):
+        adapter.save_layers_batch([SaveTask("a", 3, [torch.ones(2)])])
+    adapter.save_layers_batch([SaveTask("b", 3, [torch.ones(2)])])
+    adapter.shutdown()
+    info = CheckpointMetadataManager(directory / "run.chk").get_checkpoint_info("step_3")
+    assert list(info["layers"]) == ["a", "b"]
+
+
+def test_a_step_that_cannot_be_begun_costs_the_next_of_its_batch_no_layer(
+    directory: Path, open_adapter: OpenAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 1)
+    refuse_to_begin(monkeypatch, 2)
+    with pytest.raises(CheckpointError, match="step-00000002 could not be begun"):
+        adapter.save_layers_batch([SaveTask("a", step, [torch.ones(2)]) for step in (2, 3)])
+    adapter.save_layers_batch([SaveTask("b", 3, [torch.ones(2)])])
     adapter.shutdown()
     manager = CheckpointMetadataManager(directory / "run.chk")
-    assert manager.verify_checkpoint("step_1")
-    assert list(manager.get_checkpoint_info("step_1")["layers"]) == ["a", "c"]
+    assert manager.list_checkpoints() == ["step-00000001", "step-00000003"]
+    assert list(manager.get_checkpoint_info("step_3")["layers"]) == ["a", "b"]
+
+
+def test_later_layers_of_a_step_that_could_not_be_begun_make_no_checkpoint(
+    directory: Path, open_adapter: OpenAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 1)
+    with monkeypatch.context() as patch:
+        refuse_to_begin(patch, 2)
+        with pytest.raises(CheckpointError, match="step-00000002 could not be begun"):
+            adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.save_layers_batch([SaveTask("b", 2, [torch.ones(2)])])
+    adapter.finish_step()
+    with pytest.raises(ValueError, match="step 2 is sealed"):
+        adapter.save_layers_batch([SaveTask("c", 2, [torch.ones(2)])])
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000001"]
+
+
+def test_a_step_whose_seal_fails_costs_the_next_no_layer(
+    directory: Path, open_adapter: OpenAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+
+    def fail(**_: object) -> dict[str, Any]:
+        raise ValueError("no manifest")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter.metadata, "compose", fail)
+        with pytest.raises(ValueError, match="no manifest"):
+            adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.save_layers_batch([SaveTask("b", 2, [torch.ones(2)])])
+    adapter.shutdown(DEADLINE_S)  # the first is not waited for
+    manager = CheckpointMetadataManager(directory / "run.chk")
+    assert manager.list_checkpoints() == ["step-00000002"]
+    assert list(manager.get_checkpoint_info("step_2")["layers"]) == ["a", "b"]
+
+
+def test_an_interrupted_batch_gives_its_step_up(
+    directory: Path, open_adapter: OpenAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = open_adapter()
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(2)])])
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_C.Ticket, "wait_layer_staged", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.save_layers_batch([SaveTask("b", 1, [torch.ones(2)])])
+    adapter.save_layers_batch([SaveTask("c", 1, [torch.ones(2)])])
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(2)])])
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000002"]
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_in_the_chain_every_committed_step_is_whole_whatever_fails(
+    async_save: bool,
+    directory: Path,
+    open_adapter: OpenAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 3 fails when it is committed, step 6 when it is begun."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    adapter = open_adapter()
+    scheduler = LayerwiseCheckpointScheduler(
+        adapter.save_layers_batch, buffer_size_mb=1 / (1 << 20), async_save=async_save
+    )
+    order = ["3", "2", "1", "0"]
+    optimizer = LayerwiseOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        order,
+        layers_of(model),
+        callback=scheduler.add_save_task,
+    )
+    told = []
+    for step in range(1, 9):
+        if step == 6:
+            refuse_to_begin(monkeypatch, step)
+        model(torch.ones(3, 2)).sum().backward()
+        for call in (optimizer.step, scheduler.force_flush):
+            try:
+                call()
+            except CheckpointError as error:
+                told.append(str(error))
+        if step == 3:
+            fail_at(directory, step)
+            adapter.finish_step()
+            eventually(lambda: not adapter.flight.count(), "it fails")
+    scheduler.shutdown()
+    adapter.shutdown()
+    assert len(told) == 2
+    assert "step-00000003 failed" in told[0]
+    assert "step-00000006 could not be begun" in told[1]
+    manager = CheckpointMetadataManager(directory / "run.chk")
+    assert manager.list_checkpoints() == [f"step-{step:08d}" for step in (1, 2, 4, 5, 7, 8)]
+    for name in manager.list_checkpoints():
+        assert list(manager.get_checkpoint_info(name)["layers"]) == order
+
+
+# --- Going on in a directory that is not empty ---------------------------------------------------
+
+
+def test_a_restarted_adapter_leaves_the_checkpoints_before_its_first_step_alone(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    before = open_adapter()
+    for step in (1, 2, 3):
+        save_and_wait(before, step)
+    before.save_entire_checkpoint_in_chunks("mine", 3)
+    before.shutdown()
+    adapter = open_adapter()
+    recovery = ModelRecovery(directory / "run")
+    there = sorted(recovery.list_checkpoints())
+    assert there == ["mine", "step-00000001", "step-00000002", "step-00000003"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.save_layers_batch([SaveTask("a", 4, [torch.ones(2)])])
+    assert sorted(recovery.list_checkpoints()) == there  # before the new one is committed
+    adapter.shutdown()
+    assert recovery.get_latest_checkpoint() == "step-00000004"
+
+
+def test_a_restarted_adapter_sets_aside_what_is_later_than_where_it_goes_on(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    before = open_adapter()
+    for step in (1, 2, 3):
+        save_and_wait(before, step)
+    before.save_entire_checkpoint_in_chunks("mine", 3)
+    before.shutdown()
+    adapter = open_adapter()
+    with pytest.warns(RuntimeWarning, match="goes on from step 1 .*aside as") as told:
+        adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(3)])])
+    for name in ("mine", "step-00000002", "step-00000003"):
+        assert name in str(told[0].message)
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000001", "step-00000002"]
+
+
+def test_a_restarted_adapter_of_the_same_steps_may_begin_at_nought(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 0)
+    adapter.shutdown()
+    assert ModelRecovery(directory / "run").list_checkpoints() == ["step-00000000"]
 
 
 def test_a_step_of_which_a_layer_cannot_be_saved_is_no_checkpoint(
@@ -552,6 +759,71 @@ def test_a_name_that_is_there_or_names_another_step_is_refused(open_adapter: Ope
         adapter.save_entire_checkpoint_in_chunks("../mine", 3)
 
 
+def test_a_name_that_is_in_flight_is_refused_too(open_adapter: OpenAdapter) -> None:
+    adapter, monitor = monitored(open_adapter, max_async=4)
+    stall(monitor)
+    adapter.save_entire_checkpoint_in_chunks("mine", 1)
+    with pytest.raises(ValueError, match="'mine' is in flight already"):
+        adapter.save_entire_checkpoint_in_chunks("mine", 1)
+    go_on(monitor)
+    adapter.save_entire_checkpoint_in_chunks("yours", 1)
+    adapter.wait(DEADLINE_S)
+    assert sorted(adapter.metadata.list_checkpoints()) == ["mine", "step-00000001", "yours"]
+
+
+def test_a_trainers_name_that_is_in_flight_is_refused_too(directory: Path) -> None:
+    live = Live(Program(model=Plain), directory).run(1)  # not sealed yet, so in flight for sure
+    with pytest.raises(ValueError, match="'step-00000001' is in flight already"):
+        live.trainer.save_full_checkpoint("step-00000001")
+    live.trainer.shutdown()
+    assert ModelRecovery(directory).list_checkpoints() == ["step-00000001"]
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes that numbers of chunks are chosen for from now on."""
+    sizes: list[int] = []
+
+    def chunks_for(state_bytes: int, *_: object) -> int:
+        sizes.append(state_bytes)
+        return 2
+
+    monkeypatch.setattr(_policy, "chunks_for", chunks_for)
+    return sizes
+
+
+def test_the_number_of_chunks_is_chosen_for_the_states_own_size(
+    open_adapter: OpenAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, sizes = open_adapter(), asked_for(monkeypatch)
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(100)]), SaveTask("b", 1, [])])
+    adapter.save_entire_checkpoint_in_chunks("first", 1, "auto")
+    adapter.save_layers_batch([SaveTask("a", 2, [torch.ones(50)]), SaveTask("b", 2, [])])
+    adapter.save_entire_checkpoint_in_chunks("second", 2, "auto")
+    assert sizes == [400, 200]
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_in_a_trainer_the_number_of_chunks_is_chosen_for_the_whole_state(
+    incremental: bool, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = asked_for(monkeypatch)
+    options = {"incremental": incremental, "checkpoint_every": 2}
+    live = Live(Program(model=Plain, options=options), directory)
+    parameters = sum(p.nbytes for p in live.model.parameters())
+    live.trainer.adapter.save_entire_checkpoint_in_chunks("at-0", 0, "auto")  # nothing is planned
+    state = live.trainer.optimizer.state
+    live.run(2)
+    kept = sum(v.nbytes for values in state.values() for v in values.values())
+    for name in ("first", "second"):  # of which the latter is all links, if incremental
+        live.trainer.adapter.save_entire_checkpoint_in_chunks(name, 2, "auto")
+        live.trainer.wait()
+    live.trainer.shutdown()
+    assert sizes[0] == parameters
+    assert kept > 0
+    for size in sizes[1:]:
+        assert parameters + kept <= size <= parameters + kept + 32768  # with headers
+
+
 def test_alone_a_state_must_have_come_whole_and_of_one_step(open_adapter: OpenAdapter) -> None:
     adapter = open_adapter()
     with pytest.raises(ValueError, match=r"no whole state of step 1 .* the newest are none"):
@@ -683,6 +955,26 @@ def test_shutting_down_times_out_where_another_thread_waits_for_the_disk(
     one_more.end()
     adapter.shutdown()
     assert len(ModelRecovery(directory / "run").list_checkpoints()) == 3
+
+
+def test_waiting_times_out_where_another_thread_waits_for_the_disk(
+    directory: Path, open_adapter: OpenAdapter
+) -> None:
+    adapter, monitor = monitored(open_adapter, batch_size_mb=1.0, ratio=1.0, block_size_mb=0.25)
+    stall(monitor)
+    large = SaveTask("a", 2, [torch.ones(1 << 20)])  # four times the staging memory
+    saving = Running(lambda: adapter.save_layers_batch([large]))
+    eventually(lambda: adapter._loose.ticket is not None, "it is begun")
+    waiting = Running(lambda: adapter.wait(0.05))
+    try:
+        with pytest.raises(TimeoutError, match=r"after 0\.05 s: step-00000002 "):
+            waiting.end()
+    finally:
+        go_on(monitor)
+    saving.end()
+    adapter.wait(DEADLINE_S)  # nothing that is sealed is left
+    adapter.shutdown()
+    assert len(ModelRecovery(directory / "run").list_checkpoints()) == 2
 
 
 def test_a_trainers_shutdown_times_out_too_and_can_be_gone_on_with(directory: Path) -> None:
@@ -936,3 +1228,76 @@ def test_statistics_can_be_had_after_the_end_too(open_adapter: OpenAdapter) -> N
     adapter.shutdown()
     assert adapter.stats() == running
     assert running["checkpoints_committed"] == 1
+
+
+@pytest.mark.parametrize("use_pccheck", [True, False])
+@pytest.mark.parametrize(
+    ("option", "value"), [("lock_timeout_s", -1), ("drain_timeout_s", -1), ("drain_timeout_s", 0)]
+)
+def test_seconds_that_cannot_be_are_refused_in_every_mode(
+    option: str, value: float, use_pccheck: bool, directory: Path, open_adapter: OpenAdapter
+) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        open_adapter(use_pccheck=use_pccheck, **{option: value})
+    assert not (directory / "run").exists()
+
+
+@pytest.mark.parametrize("use_pccheck", [True, False])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"checkpoint_file": ""}, ValueError, "checkpoint_file must name a directory"),
+        ({"checkpoint_file": None}, TypeError, "checkpoint_file must be a path, got NoneType"),
+        ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir must name a directory"),
+        ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir must be a path, got int"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    use_pccheck: bool,
+    open_adapter: OpenAdapter,
+) -> None:
+    with pytest.raises(error, match=message):
+        open_adapter(use_pccheck=use_pccheck, **options)
+
+
+@pytest.mark.parametrize("use_pccheck", [True, False])
+def test_told_to_be_verbose_it_says_what_it_begins_and_what_is_committed(
+    use_pccheck: bool, open_adapter: OpenAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = open_adapter(verbose=True, use_pccheck=use_pccheck)
+    adapter.save_layers_batch([SaveTask("a", 1, [torch.ones(1 << 18)])])
+    assert capsys.readouterr().out == "PCCheckAdapter: checkpoint step-00000001 begun\n"
+    adapter.finish_step()
+    adapter.wait()
+    told = capsys.readouterr().out
+    assert told == "PCCheckAdapter: checkpoint step-00000001 committed, 1.00 MiB\n"
+    adapter.wait()
+    adapter.shutdown()
+    assert capsys.readouterr().out == ""
+
+
+def test_one_that_is_not_told_to_be_verbose_says_nothing(
+    open_adapter: OpenAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = open_adapter()
+    save_and_wait(adapter, 1)
+    adapter.shutdown()
+    assert capsys.readouterr().out == ""
+
+
+def test_after_going_on_without_its_monitor_it_is_in_direct_mode(
+    open_adapter: OpenAdapter,
+) -> None:
+    adapter, monitor = monitored(open_adapter, on_monitor_death="direct")
+    assert adapter.mode == "monitor"
+    os.kill(monitor, signal.SIGKILL)
+    eventually(lambda: adapter.flight.monitor_has_died, "its death is noticed")
+    with pytest.warns(RuntimeWarning, match="writing from its own process"):
+        save_and_wait(adapter, 2)
+    assert adapter.mode == "direct"
+    assert open_adapter(use_pccheck=False).mode == "mock"
+    adapter.shutdown()
+    assert adapter.mode == "direct"

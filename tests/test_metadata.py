@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import time
@@ -252,7 +253,8 @@ def test_entries_agree_with_the_files_own_headers(checkpoint_id: str, live: Live
         assert entry["timestamp"] == info["timestamp"]
         own = [t for t in entry["tensors"] if t["file"] == "model.safetensors"]
         assert entry["offset_in_file"] == min(t["offset"] for t in own)
-        assert entry["size_bytes"] == sum(t["bytes"] for t in entry["tensors"])
+        assert entry["size_bytes"] == sum(t["bytes"] for t in own)
+        assert entry["total_bytes"] == sum(t["bytes"] for t in entry["tensors"])
         assert entry["shapes"] == [t["shape"] for t in own]
         assert entry["dtypes"] == [t["dtype"] for t in own]
         for tensor in entry["tensors"]:
@@ -267,14 +269,29 @@ def test_entries_agree_with_the_files_own_headers(checkpoint_id: str, live: Live
     assert told == {name: set(headers[name][0]) for name in told}
 
 
-def test_parameters_are_counted_by_layer(live: Live) -> None:
+def test_a_layers_size_is_that_of_its_tensors_shapes_and_dtypes(live: Live) -> None:
+    manager = CheckpointMetadataManager(live.trainer.checkpoint_dir)
+    entry = manager.get_checkpoint_info("mine")["layers"]["norm"]
+    sizes = [
+        math.prod(shape) * getattr(torch, dtype).itemsize
+        for shape, dtype in zip(entry["shapes"], entry["dtypes"], strict=True)
+    ]
+    module = live.model.get_submodule("norm")
+    stored = [*module.parameters(), *module.buffers()]
+    assert entry["size_bytes"] == sum(sizes) == sum(t.nbytes for t in stored)
+    assert entry["total_bytes"] > entry["size_bytes"]  # AdamW keeps two values more of each
+
+
+def test_parameters_alone_are_counted_by_layer(live: Live) -> None:
     layers = CheckpointMetadataManager(live.trainer.checkpoint_dir).get_checkpoint_info("mine")[
         "layers"
     ]
     counted = {name: entry["param_count"] for name, entry in layers.items()}
     for name, module in live.model.named_modules():
-        own = [t.numel() for t in (*module.parameters(False), *module.buffers(False))]
-        if own and name != "head":  # its only tensor is the embedding's
+        own = [t.numel() for t in module.parameters(False)]
+        if (
+            own or [*module.buffers(False)]
+        ) and name != "head":  # its only tensor is the embedding's
             assert counted.pop(name or "(root)") == sum(own), name
     assert not counted
 

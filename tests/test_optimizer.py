@@ -604,13 +604,13 @@ def test_a_callback_that_raises_does_not_leave_the_step_half_done() -> None:
     model, base, optimizer, recorder = small(torch.optim.Adam, callback=fail)
     with pytest.raises(KeyError, match="mine"):
         optimizer.step()
-    assert calls == ["2", "1"]
+    assert calls == ["2", "1", "0"]  # the later ones as well: they are of this step
     assert recorder.named("layer") == ["2", "1", "0"]
     assert recorder.events[-1] == ("after_step", True)
     assert same(model, base, expected, plain)
     with pytest.raises(KeyError):
         optimizer.step()
-    assert calls == ["2", "1", "2", "1"]
+    assert calls == ["2", "1", "0", "2", "1", "0"]
 
 
 def test_an_observer_that_raises_at_a_hand_over_does_not_leave_the_step_half_done() -> None:
@@ -634,6 +634,34 @@ def test_errors_of_callback_and_observer_in_one_step_are_both_shown() -> None:
     with pytest.raises(KeyError) as caught:
         optimizer.step()
     assert isinstance(caught.value.__context__, OSError)
+
+
+def test_the_first_error_of_a_callback_is_raised_and_the_others_are_shown_once() -> None:
+    errors = iter([OSError("an older one"), OSError("an older one"), ValueError("a new one")])
+
+    def fail(*args: object) -> None:
+        raise next(errors)
+
+    _, _, optimizer, _ = small(callback=fail)
+    with pytest.raises(OSError, match="an older one") as caught:
+        optimizer.step()
+    assert next(errors, None) is None
+    shown = caught.value.__context__
+    assert isinstance(shown, ValueError)
+    assert shown.__context__ is None
+
+
+def test_a_callback_may_raise_the_same_error_for_every_layer() -> None:
+    error = OSError("kept")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    _, _, optimizer, _ = small(callback=fail)
+    with pytest.raises(OSError, match="kept") as caught:
+        optimizer.step()
+    assert caught.value is error
+    assert error.__context__ is None
 
 
 # --- errors in the step itself ---------------------------------------------------------------

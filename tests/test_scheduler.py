@@ -129,6 +129,13 @@ def test_a_layer_larger_than_the_buffer_goes_with_what_waits_before_it(made: Mad
     assert handler.batches[1:] == [[("c", 1)]]
 
 
+def test_tasks_can_be_told_apart_and_kept_in_sets() -> None:
+    one, alike = SaveTask("a", 1, [torch.ones(2)]), SaveTask("a", 1, [torch.ones(2)])
+    assert one == one
+    assert one != alike
+    assert len({one, alike, one}) == 2
+
+
 def test_the_handler_gets_the_tensors_themselves(made: Made) -> None:
     got: list[SaveTask] = []
     one = LayerwiseCheckpointScheduler(got.extend, async_save=False)
@@ -335,6 +342,50 @@ def test_batches_after_one_that_failed_are_handled(made: Made) -> None:
         one.force_flush()
     assert len(handler.batches) == 3
     one.force_flush()
+
+
+def test_a_layer_is_added_whatever_older_error_its_call_raises(made: Made) -> None:
+    one, handler = made()
+    handler.fails.append(ValueError("an older one"))
+    add(one, "abcd", step=1)
+    eventually(lambda: one._pending.errors, "the handler has failed")
+    with pytest.raises(CheckpointError, match="an older one"):
+        add(one, "e", step=2)
+    add(one, "fg", step=2)
+    one.force_flush()
+    assert handler.batches[1:] == [[("e", 2), ("f", 2), ("g", 2)]]
+
+
+def test_in_step_a_layer_is_added_though_the_layers_before_it_fail(made: Made) -> None:
+    one, handler = made(async_save=False)
+    handler.fails.append(ValueError("an older one"))
+    add(one, "ab", step=1)
+    with pytest.raises(ValueError, match="an older one"):
+        add(one, "a", step=2)
+    add(one, "b", step=2)
+    one.force_flush()
+    assert handler.batches == [[("a", 1), ("b", 1)], [("a", 2), ("b", 2)]]
+
+
+def test_an_interrupt_while_an_older_step_waits_loses_no_layer_and_mixes_no_steps(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, handler = made(hold=True, max_pending_mb=4 * KIB)
+    add(one, "abcd", step=1)
+    add(one, "ab", step=2)
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add(one, "a", step=3)
+    handler.let_go()
+    add(one, "b", step=3)
+    one.force_flush()
+    assert handler.batches[1:] == [[("a", 2), ("b", 2)], [("a", 3), ("b", 3)]]
+    assert_adds_up(one)
 
 
 def test_layers_gathered_when_the_handler_fails_are_handed_over_all_the_same(made: Made) -> None:
