@@ -19,6 +19,11 @@ CommitCounts Committer::counts() const {
   return counts_;
 }
 
+bool Committer::wait_settled(Clock::time_point until) const {
+  std::unique_lock lock(mutex_);
+  return settled_.wait_until(lock, until, [&] { return in_flight_.empty() && !clearing_up_; });
+}
+
 std::exception_ptr Committer::outcome_unknown() const {
   const std::lock_guard lock(mutex_);
   return outcome_unknown_;
@@ -73,6 +78,11 @@ void Committer::publish(Checkpoint& checkpoint) {
   // Acknowledged, and out of the way of the next, before the clearing up that nobody waits for.
   end(checkpoint, Checkpoint::State::committed);
   housekeeping([&] { checkpoint.retire(); });
+  {
+    const std::lock_guard lock(mutex_);
+    clearing_up_ = false;
+  }
+  settled_.notify_all();
 }
 
 void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
@@ -82,6 +92,7 @@ void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
     if (state == Checkpoint::State::failed) {
       ++counts_.failed;
     } else {
+      clearing_up_ = true;
       ++counts_.committed;
       const uint64_t linked = checkpoint.linked_bytes();
       counts_.bytes += checkpoint.payload_bytes() - linked;
@@ -95,6 +106,7 @@ void Committer::end(Checkpoint& checkpoint, Checkpoint::State state) {
     checkpoint.end(state);
   }
   checkpoint.announce_end();
+  settled_.notify_all();
 }
 
 template <typename Work>

@@ -2,6 +2,7 @@
 // ones away. In order: a checkpoint never becomes visible before an older one has ended.
 #pragma once
 
+#include <condition_variable>
 #include <deque>
 #include <exception>
 #include <memory>
@@ -30,6 +31,9 @@ class Committer final : public Worker {
   size_t in_flight() const;                          // any thread
   CommitCounts counts() const;                       // any thread
 
+  // False when `until` has passed and still something is in flight or being cleared up. Any thread.
+  bool wait_settled(Clock::time_point until) const;
+
   // The checkpoint whose publication has an unknown outcome, if that has happened. Any thread.
   std::exception_ptr outcome_unknown() const;
 
@@ -46,7 +50,9 @@ class Committer final : public Worker {
   void housekeeping(Work work);
 
   mutable std::mutex mutex_;  // guards everything below
+  mutable std::condition_variable settled_;
   std::deque<std::shared_ptr<Checkpoint>> in_flight_;
+  bool clearing_up_ = false;  // after the one that was committed last
   CommitCounts counts_;
   std::exception_ptr outcome_unknown_;
   std::optional<std::string> complaint_;

@@ -51,6 +51,10 @@ bool Engine::wait_idle(Clock::time_point until) const {
   return progress_.wait_until(lock, until, [&] { return persister_->in_flight() == 0; });
 }
 
+bool Engine::wait_settled(Clock::time_point until) const {
+  return wait_idle(until) && persister_->wait_settled(until);
+}
+
 std::shared_ptr<Checkpoint> Engine::begin(Identity identity, std::string name,
                                           std::shared_ptr<const Layout> layout,
                                           std::unique_ptr<Target> target, bool during_update) {

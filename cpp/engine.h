@@ -60,6 +60,8 @@ class Engine {
   void abandon_unsealed();
 
   bool wait_idle(Clock::time_point until) const;  // nothing in flight
+  // Nor anything to clear up: the engine's end waits for nothing then.
+  bool wait_settled(Clock::time_point until) const;
 
   size_t in_flight() const { return persister_->in_flight(); }
   CommitCounts counts() const { return persister_->counts(); }

@@ -17,6 +17,9 @@ class LocalPersister final : public Persister {
   void add(std::shared_ptr<Checkpoint> checkpoint) override;
   size_t in_flight() const override { return committer_.in_flight(); }
   CommitCounts counts() const override { return committer_.counts(); }
+  bool wait_settled(Clock::time_point until) const override {
+    return committer_.wait_settled(until);
+  }
   bool link(const std::shared_ptr<Checkpoint>& checkpoint, uint32_t file, const std::string& from,
             const FileDigest& digest) override {
     return checkpoint->link(file, from, digest);

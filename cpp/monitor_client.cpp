@@ -113,9 +113,10 @@ void MonitorClient::keep(const std::set<uint64_t>& steps) try {
 std::optional<std::string> MonitorClient::close(const std::function<void()>& interrupted) {
   if (death()) return std::nullopt;  // was told when it died
   try {
-    messages::Closed answer = ask<messages::Closed>(messages::Close{}, interrupted);
-    if (answer.complaint.empty()) return std::nullopt;
-    return std::move(answer.complaint);
+    if (!farewell_) farewell_ = ask<messages::Closed>(messages::Close{}, interrupted);
+    while (!process_.wait_end(kAnswerPoll)) interrupted();
+    if (farewell_->complaint.empty()) return std::nullopt;
+    return farewell_->complaint;
   } catch (const MonitorDied& died) {
     return died.what();  // everything was committed by then
   }
@@ -221,7 +222,7 @@ Reply MonitorClient::ask(const messages::FromTrainer& question,
 
 // -- the sender -----------------------------------------------------------------------------------
 
-std::vector<MonitorClient::InFlight> MonitorClient::snapshot() const {
+std::vector<MonitorClient::InFlight> MonitorClient::all_in_flight() const {
   const std::lock_guard lock(mutex_);
   return {in_flight_.begin(), in_flight_.end()};
 }
@@ -238,7 +239,7 @@ bool MonitorClient::send_one() noexcept {
     // the queue or has been.
     std::vector<InFlight> staged;
     const bool dead = death() != nullptr;  // then there is nobody to tell, but blocks to let go of
-    for (const InFlight& one : snapshot()) {
+    for (const InFlight& one : all_in_flight()) {
       if (finish(one) || (!dead && announce(one))) return true;
       if (!one.over && (one.checkpoint->staging_ended() || one.checkpoint->error()))
         staged.push_back(one);

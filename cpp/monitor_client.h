@@ -52,8 +52,8 @@ class MonitorClient final : public Persister {
   // As RunDirectory::keep, before anything that is sealed later is committed.
   void keep(const std::set<uint64_t>& steps);
 
-  // With nothing in flight: lets the monitor clear up and end. Returns what it could not clear up,
-  // be it that it died over it.
+  // With nothing in flight: lets the monitor clear up, and waits for its end. Returns what it could
+  // not clear up, be it that it died over it. May be called again where `interrupted` threw.
   std::optional<std::string> close(const std::function<void()>& interrupted = [] {});
 
   // The newest step that the monitor will commit even if this process ends now.
@@ -99,7 +99,7 @@ class MonitorClient final : public Persister {
 
   // The sender's thread.
   bool send_one() noexcept;
-  std::vector<InFlight> snapshot() const;
+  std::vector<InFlight> all_in_flight() const;
   bool announce(const InFlight& one);
   bool finish(const InFlight& one);
   bool ask_for_link();
@@ -112,6 +112,8 @@ class MonitorClient final : public Persister {
   void receive_all(const std::stop_token& stop);
   void take(const messages::FromMonitor& message);
   void died(const std::string& how);
+
+  std::optional<messages::Closed> farewell_;  // the trainer's thread only
 
   Channel channel_;
   Wake stop_receiving_;

@@ -29,6 +29,10 @@ class Persister {
   virtual size_t in_flight() const = 0;
   virtual CommitCounts counts() const = 0;
 
+  // With nothing in flight: waits until this process has nothing left to clear up. False when
+  // `until` has passed first.
+  virtual bool wait_settled(Clock::time_point /*until*/) const { return true; }
+
   // The stager's thread: instead of staging a file of a layer, makes it what a committed checkpoint
   // has, see Checkpoint::link. Waits for the outcome. False where that cannot be: then it is
   // staged. Throws what is to fail the checkpoint.

@@ -211,14 +211,29 @@ class PosixDirectory final : public Directory {
   const Descriptor fd_;
 };
 
+// As `mkdir -p`, and what was made survives a power loss. What is there already is its maker's to
+// sync: its parent may not even be ours to open.
+void make_directories(const std::string& path) {
+  std::filesystem::path made;
+  for (const std::filesystem::path& name : std::filesystem::path(path)) {
+    const std::filesystem::path parent = made.empty() ? "." : made;
+    made /= name;
+    if (::mkdir(made.c_str(), 0777) == 0) {
+      const Descriptor entries(::open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+      if (!entries) throw_errno("open " + parent.string());
+      if (::fsync(entries.get()) != 0) throw_errno("fsync " + parent.string());
+    } else if (errno != EEXIST) {
+      const int code = errno;
+      if (std::error_code ignored; !std::filesystem::is_directory(made, ignored))
+        throw std::system_error(code, std::generic_category(), "mkdir " + made.string());
+    }
+  }
+}
+
 }  // namespace
 
 std::unique_ptr<Directory> open_posix_directory(const std::string& path, bool create) {
-  if (create) {
-    std::error_code error;
-    std::filesystem::create_directories(path, error);
-    if (error) throw std::system_error(error, "mkdir " + path);
-  }
+  if (create) make_directories(path);
   Descriptor fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!fd) throw_errno("open " + path);
   return std::make_unique<PosixDirectory>(path, std::move(fd));

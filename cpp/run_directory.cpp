@@ -164,8 +164,14 @@ void RunDirectory::discard(const std::string& name) {
 }
 
 void RunDirectory::keep(std::set<uint64_t> steps) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(kept_mutex_);
   kept_ = std::move(steps);
+}
+
+bool RunDirectory::is_kept(uint64_t step) const {
+  if (options_.keep_every != 0 && step % options_.keep_every == 0) return true;
+  const std::lock_guard lock(kept_mutex_);
+  return kept_.contains(step);
 }
 
 void RunDirectory::retire() {
@@ -175,7 +181,7 @@ void RunDirectory::retire() {
   std::vector<Spare> retired;
   std::exception_ptr odd;
   for (auto step = committed_.begin(); excess > 0; --excess) {
-    if (kept_.contains(*step) || (options_.keep_every != 0 && *step % options_.keep_every == 0)) {
+    if (is_kept(*step)) {
       ++step;
       continue;
     }

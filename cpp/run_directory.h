@@ -72,7 +72,8 @@ class RunDirectory {
   // Removes what prepare() made; does nothing once it is published.
   void discard(const std::string& name);
 
-  // These steps are not retired, whatever their age, until the next call names others.
+  // These steps are not retired, whatever their age, until the next call names others. Never waits
+  // for the disk.
   void keep(std::set<uint64_t> steps);
 
   // Retires steps beyond keep_last, oldest first; those a reader has locked wait for the next call.
@@ -103,6 +104,7 @@ class RunDirectory {
 
   const Sealed* find_sealed(const std::string& name);
   void reclaim(const std::string& name);
+  bool is_kept(uint64_t step) const;
   std::unique_ptr<Directory> retire_one(const std::string& name);
   void set_aside(const std::string& name);
   std::optional<uint64_t> sealed_step(const std::string& name);
@@ -115,10 +117,12 @@ class RunDirectory {
   // prepare while the committer retires.
   std::mutex mutex_;
   std::set<uint64_t> committed_;
-  std::set<uint64_t> kept_;          // by keep()
   std::set<std::string> under_way_;  // prepared, neither published nor discarded yet
   std::vector<Spare> spares_;
   std::optional<Sealed> linked_to_;  // the one last asked for
+
+  mutable std::mutex kept_mutex_;  // guards kept_ alone, so that keep() waits for no I/O
+  std::set<uint64_t> kept_;        // by keep()
 };
 
 // Opens and locks a run's directory, making it if need be. While another process holds it, waits up

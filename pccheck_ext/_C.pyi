@@ -129,8 +129,12 @@ class Session:
         blocks of another size.
         """
 
-    def close(self) -> str | None:
-        """Finish what was sealed; returns what could not be cleared up, if anything."""
+    def close(self, timeout_s: float | None = None) -> str | None:
+        """Finish what was sealed; returns what could not be cleared up, if anything.
+
+        TimeoutError when `timeout_s` seconds have passed first (None: waits on); then it goes on,
+        nothing more can be begun, and it may be called again.
+        """
 
     def leave(self) -> None:
         """Let go of everything without waiting; what is in flight goes on if the process does."""
@@ -140,7 +144,9 @@ class Session:
     def monitor_death(self) -> str | None:
         """What the monitor has died of: until one of the next two, nothing can be begun."""
 
-    def restart_monitor(self) -> None: ...
+    def restart_monitor(self) -> None:
+        """Where it throws, the session is without a monitor; the next `begin` tries again."""
+
     def go_direct(self) -> None: ...
     @property
     def is_open(self) -> bool: ...

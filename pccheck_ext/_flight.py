@@ -266,7 +266,7 @@ class Flight:
             (self.session.go_direct if direct else self.session.restart_monitor)()
             self.went_direct = direct
         except (OSError, RuntimeError) as error:
-            self.report(f"{death}, and there is no going on: {error}", error)
+            self.report(f"{death}, and there is no going on until a retry succeeds: {error}", error)
         return True
 
     def wait(self, timeout_s: float | None = None, *, but: Ticket | None = None) -> bool:

@@ -189,7 +189,7 @@ class MockSession:
 
     def keep(self, steps: set[int]) -> None: ...
 
-    def close(self) -> str | None:
+    def close(self, timeout_s: float | None = None) -> str | None:
         self.is_open = False
         return None
 

@@ -340,11 +340,13 @@ class PCCheckAdapter:
                     self._loose.seal()
                     self.wait(_left(until))
                 except CheckpointError:  # what has failed has ended; an interrupt leaves all as is
-                    self._close()
+                    self._close(until)
                     raise
-                self._close()
+                self._close(until)
         except TimeoutError:
             self.do_not_wait_at_exit()
+            if self.flight.count() == 0:
+                raise  # it is the clearing up that hangs
             raise TimeoutError(self.flight.still_in_flight(timeout_s)) from None
 
     def do_not_wait_at_exit(self) -> None:
@@ -353,10 +355,15 @@ class PCCheckAdapter:
             _exit.never_destroy(self.session)
         self.exit_timeout_s = 0.0
 
-    def _close(self) -> None:
+    def _close(self, until: float | None) -> None:
+        stats = dict(self.session.stats())
+        try:
+            complaint = self.session.close(_left(until))
+        except TimeoutError:
+            self.do_not_wait_at_exit()
+            raise
+        self._last_stats = stats
         _exit.forget(self)
-        self._last_stats = dict(self.session.stats())
-        complaint = self.session.close()
         if complaint:
             warnings.warn(
                 f"clearing up after checkpoints: {complaint}", RuntimeWarning, stacklevel=3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 import warnings
 import weakref
 from array import array
@@ -460,6 +461,7 @@ class LayerwiseCheckpointTrainer:
         """
         if os.getpid() != self._owner or not self._session.is_open:
             return
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         unsealed: Exception | None = None
         try:
             self._saver.seal_last()
@@ -471,9 +473,9 @@ class LayerwiseCheckpointTrainer:
             self.do_not_wait_at_exit()
             raise error from unsealed
         except CheckpointError as error:  # what has failed has ended; an interrupt changes nothing
-            self._close()
+            self._close(until)
             raise error from unsealed
-        self._close()
+        self._close(until)
         if unsealed is not None:
             raise unsealed
 
@@ -484,9 +486,9 @@ class LayerwiseCheckpointTrainer:
 
     _closed = False
 
-    def _close(self) -> None:
+    def _close(self, until: float | None) -> None:
+        best = None if self._closed else self._saver.best
         self._closed = True
-        best = self._saver.best
         if best is not None and not best.was_told and self._saver.steps_saved:
             warnings.warn(
                 f'keep_best=("{best.metric}", "{best.mode}") has kept nothing: no step that was '
@@ -501,12 +503,16 @@ class LayerwiseCheckpointTrainer:
         self._saver.close()
         self.optimizer._observer = None
         self._last_stats = self.stats()
-        _exit.forget(self)
         try:
-            self.adapter.shutdown()
+            self.adapter.shutdown(None if until is None else max(0.0, until - time.monotonic()))
+        except TimeoutError:  # all goes on, and this may be called again
+            self.do_not_wait_at_exit()
+            raise
         finally:
-            if self._sigterm is not None:
-                self._sigterm.close()
+            if not self._session.is_open:
+                _exit.forget(self)
+                if self._sigterm is not None:
+                    self._sigterm.close()
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)

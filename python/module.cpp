@@ -89,7 +89,6 @@ std::unique_ptr<Session> open_session(const std::string& path, size_t block_byte
 }
 
 py::dict session_stats(Session& session) {
-  const Engine& engine = session.engine();
   const CommitCounts counts = session.counts();
   py::dict stats;
   stats["checkpoints_committed"] = counts.committed;
@@ -100,10 +99,11 @@ py::dict session_stats(Session& session) {
   stats["durable_s_total"] = counts.durable_seconds;
   stats["durable_s_last"] = counts.last_durable_seconds;
   stats["last_committed_step"] = counts.last_committed_step;
-  stats["in_flight"] = engine.in_flight();
-  stats["staging_bytes"] = engine.staging_bytes();
-  stats["free_slots"] = engine.free_slots();
-  stats["slots"] = engine.slot_count();
+  const Engine* const engine = session.has_engine() ? &session.engine() : nullptr;
+  stats["in_flight"] = engine != nullptr ? engine->in_flight() : 0;
+  stats["staging_bytes"] = engine != nullptr ? engine->staging_bytes() : 0;
+  stats["free_slots"] = engine != nullptr ? engine->free_slots() : 0;
+  stats["slots"] = engine != nullptr ? engine->slot_count() : 0;
   stats["last_sealed_step"] = session.last_sealed_step();
   return stats;
 }
@@ -138,6 +138,8 @@ void translate(std::exception_ptr error) {
     if (error) std::rethrow_exception(error);
   } catch (const std::system_error& failed) {
     set_os_error(failed.code().value(), failed.what());
+  } catch (const TimedOut& failed) {
+    py::set_error(PyExc_TimeoutError, failed.what());
   } catch (const c10::TypeError& failed) {
     py::set_error(PyExc_TypeError, failed.what_without_backtrace());
   } catch (const c10::ValueError& failed) {
@@ -224,7 +226,7 @@ void bind_save(py::module_& module) {
       .def("set_aside_after", &Session::set_aside_after, py::arg("step"))
       .def("keep", &Session::keep, py::arg("steps"))
       .def("adopt_base", &Session::adopt_base, py::arg("reader"), py::arg("threads"))
-      .def("close", &Session::close)
+      .def("close", &Session::close, py::arg("timeout_s") = std::nullopt)
       .def("leave", &Session::leave)
       .def_property_readonly("is_open", &Session::is_open)
       .def_property_readonly("path", &Session::path)
@@ -234,7 +236,7 @@ void bind_save(py::module_& module) {
       .def("restart_monitor", [](Session& session) { session.restart_monitor(look_for_signals); })
       .def("go_direct", [](Session& session) { session.go_direct(look_for_signals); })
       .def("stats", &session_stats)
-      .def("take_complaint", [](Session& session) { return session.engine().take_complaint(); })
+      .def("take_complaint", &Session::take_complaint)
       .def(
           "release_copies",
           [](Session& session, uint64_t count) { session.manual_copier().release(count); },

@@ -6,6 +6,7 @@
 
 #include <system_error>
 
+#include "cpp/worker.h"
 #include "python/backend.h"
 #include "python/interruptible.h"
 
@@ -47,7 +48,7 @@ HandOver Ticket::hold(size_t layer, const std::vector<at::Tensor>& tensors, cons
 }
 
 void Ticket::hand_over(size_t layer, const std::vector<at::Tensor>& tensors) {
-  session_.engine();  // refuses in a forked child
+  session_.require_open();
   if (layer >= layout_->layers().size())
     throw std::invalid_argument("there is no layer " + std::to_string(layer));
   if (held_[layer])
@@ -85,7 +86,7 @@ size_t Ticket::add(std::shared_ptr<const Layout> addition, const std::vector<at:
 
 void Ticket::seal(std::string_view manifest, std::shared_ptr<const Layout> addition,
                   const std::vector<at::Tensor>& tensors) {
-  session_.engine();
+  session_.require_open();
   const auto bytes = std::as_bytes(std::span(manifest));
   std::optional<Checkpoint::Addition> added;
   if (addition) added = hold_addition(std::move(addition), tensors);
@@ -93,13 +94,13 @@ void Ticket::seal(std::string_view manifest, std::shared_ptr<const Layout> addit
 }
 
 void Ticket::abandon(const std::string& reason) {
-  session_.engine();
+  session_.require_open();
   checkpoint_->fail(std::make_exception_ptr(std::runtime_error(reason)));
 }
 
 void Ticket::open_gate(size_t layer) {
   if (layer >= held_.size() || !held_[layer]) return;
-  session_.engine();
+  session_.require_open();
   wait_interruptibly(
       [&](Clock::time_point until) { return checkpoint_->wait_staged(layer, until); });
   checkpoint_->open_gate(layer);
@@ -117,7 +118,7 @@ bool Ticket::layer_staged(size_t layer) const {
 }
 
 bool Ticket::wait_layer_staged(size_t layer, std::optional<double> timeout_s) const {
-  session_.engine();
+  session_.require_open();
   return wait_interruptibly(
       [&](Clock::time_point until) { return checkpoint_->wait_staged(layer, until); }, timeout_s);
 }
@@ -136,7 +137,7 @@ std::optional<std::pair<std::string, int>> Ticket::error() const {
 
 bool Ticket::wait(std::optional<double> timeout_s) const {
   if (!in_flight()) return true;
-  session_.engine();
+  session_.require_open();
   return wait_interruptibly(
       [&](Clock::time_point until) { return checkpoint_->wait_finished(until); }, timeout_s);
 }
@@ -170,10 +171,12 @@ void Session::open(const std::function<void()>& interrupted) {
     auto made = std::make_unique<Engine>(
         engine, std::move(copier), make_slot_memory(options_.device, options_.staging_bytes),
         std::make_unique<LocalPersister>(options_.writer_threads), book_);
-    run_ =
+    std::shared_ptr<RunDirectory> run =
         open_run_directory(path_, {options_.keep_last, options_.max_in_flight, options_.keep_every},
                            std::chrono::duration<double>(options_.lock_timeout_s), interrupted);
-    run_->keep(kept_);
+    run->keep(kept_);
+    const pybind11::gil_scoped_acquire acquire;  // another thread may be asking for stats
+    run_ = std::move(run);
     engine_ = std::move(made);
     return;
   }
@@ -189,11 +192,26 @@ void Session::open(const std::function<void()>& interrupted) {
                                                       .lock_timeout_s = options_.lock_timeout_s},
                                       *slots, interrupted);
   MonitorClient* const monitor = client.get();
-  engine_ = std::make_unique<Engine>(engine, std::move(copier),
-                                     make_slot_memory(options_.device, std::move(slots)),
-                                     std::move(client), book_);
+  auto made = std::make_unique<Engine>(engine, std::move(copier),
+                                       make_slot_memory(options_.device, std::move(slots)),
+                                       std::move(client), book_);
+  monitor->keep(kept_);
+  const pybind11::gil_scoped_acquire acquire;
+  engine_ = std::move(made);
   monitor_ = monitor;
-  monitor_->keep(kept_);
+}
+
+// Where it fails, the session goes on without an engine.
+void Session::reopen(const std::function<void()>& interrupted) {
+  const pybind11::gil_scoped_release release;
+  try {
+    open(interrupted);
+  } catch (const std::exception& error) {
+    const pybind11::gil_scoped_acquire acquire;
+    manual_copier_ = nullptr;
+    why_no_engine_ = error.what();
+    throw;
+  }
 }
 
 std::optional<pid_t> Session::monitor_process() const {
@@ -210,15 +228,24 @@ std::optional<std::string> Session::monitor_death() const {
 }
 
 void Session::restart_monitor(const std::function<void()>& interrupted) {
-  Engine& engine = this->engine();
-  const pybind11::gil_scoped_release release;
-  engine.abandon_unsealed();
-  engine.wait_idle(Clock::time_point::max());
+  require_open();
+  if (engine_) {
+    engine_->abandon_unsealed();
+    wait_interruptibly([&](Clock::time_point until) { return engine_->wait_idle(until); });
+    std::unique_ptr<Engine> ended = take_engine();
+    const pybind11::gil_scoped_release release;
+    ended.reset();
+  }
+  reopen(interrupted);
+}
+
+// What it counted is kept.
+std::unique_ptr<Engine> Session::take_engine() {
   counts_before_ = counts();
   links_refused_before_ = links_refused();
   monitor_ = nullptr;
-  engine_.reset();
-  open(interrupted);
+  manual_copier_ = nullptr;
+  return std::move(engine_);
 }
 
 void Session::go_direct(const std::function<void()>& interrupted) {
@@ -232,7 +259,9 @@ uint64_t Session::last_sealed_step() {
 }
 
 CommitCounts Session::counts() {
-  CommitCounts counts = engine().counts();
+  require_open();
+  if (!engine_) return counts_before_;
+  CommitCounts counts = engine_->counts();
   if (counts.committed == 0) {
     counts.last_durable_seconds = counts_before_.last_durable_seconds;
     counts.last_committed_step = counts_before_.last_committed_step;
@@ -245,8 +274,13 @@ CommitCounts Session::counts() {
   return counts;
 }
 
+std::optional<std::string> Session::take_complaint() {
+  require_open();
+  return engine_ ? engine_->take_complaint() : std::nullopt;
+}
+
 Session::~Session() {
-  if (!engine_) return;
+  if (!open_) return;
   if (::getpid() != owner_) {
     // The threads are the parent's, and so is whatever their locks protect: leave all of it alone.
     leave();
@@ -255,12 +289,25 @@ Session::~Session() {
   if (manual_copier_ != nullptr) manual_copier_->release_all();
   const pybind11::gil_scoped_release release;
   engine_.reset();
+  clearing_.reset();
+}
+
+void Session::require_open() const {
+  TORCH_CHECK(open_, "this session is closed");
+  require_owner();
 }
 
 Engine& Session::engine() {
-  TORCH_CHECK(engine_, "this session is closed");
-  require_owner();
+  require_open();
+  TORCH_CHECK(engine_, "nothing can be saved: ", why_no_engine_);
   return *engine_;
+}
+
+Engine& Session::engine_to_begin_with() {
+  require_open();
+  TORCH_CHECK(!closing_, "this session is being closed: nothing more can be saved");
+  if (!engine_) reopen(look_for_signals);
+  return engine();
 }
 
 void Session::require_owner() const {
@@ -275,7 +322,7 @@ ManualCopier& Session::manual_copier() {
 
 std::shared_ptr<Ticket> Session::begin(const std::string& name, Identity identity,
                                        std::shared_ptr<const Layout> layout, bool during_update) {
-  Engine& engine = this->engine();
+  Engine& engine = engine_to_begin_with();
   wait_interruptibly([&](Clock::time_point until) { return engine.wait_room(until); });
   reap();
   std::shared_ptr<Checkpoint> checkpoint = engine.begin(
@@ -285,21 +332,22 @@ std::shared_ptr<Ticket> Session::begin(const std::string& name, Identity identit
 }
 
 std::vector<std::string> Session::set_aside_after(uint64_t step) {
-  engine();
-  if (run_) return run_->set_aside_after(step);
+  engine_to_begin_with();
   const pybind11::gil_scoped_release release;
+  if (run_) return run_->set_aside_after(step);
   return monitor_->set_aside_after(step, look_for_signals);
 }
 
 void Session::keep(std::set<uint64_t> steps) {
-  engine();
+  require_open();
   kept_ = std::move(steps);
+  const pybind11::gil_scoped_release release;  // a monitor's channel may be full
   if (run_) run_->keep(kept_);
   if (monitor_ != nullptr) monitor_->keep(kept_);
 }
 
 bool Session::adopt_base(CheckpointReader& reader, unsigned threads) {
-  engine();
+  require_open();
   const size_t slash = reader.path().rfind('/');
   if (reader.path().substr(0, slash) != path_)
     throw std::invalid_argument(reader.path() + " is no checkpoint of " + path_);
@@ -321,29 +369,70 @@ void Session::reap() {
 }
 
 void Session::leave() {
+  open_ = false;
   monitor_ = nullptr;
   (void)engine_.release();
+  (void)clearing_.release();
   (void)std::make_unique<decltype(tickets_)>(std::move(tickets_)).release();
 }
 
-std::optional<std::string> Session::close() {
-  if (!engine_) return std::nullopt;
-  Engine& engine = this->engine();
-  engine.abandon_unsealed();
-  wait_interruptibly([&](Clock::time_point until) { return engine.wait_idle(until); });
+Session::Clearing::Clearing(std::shared_ptr<RunDirectory> run)
+    : thread_(start_thread("pccheck-clear", [this, run = std::move(run)](const std::stop_token&) {
+        try {
+          run->remove_spares();
+          done_.set_value(std::nullopt);
+        } catch (const std::exception& error) {
+          done_.set_value(error.what());
+        }
+      })) {}
+
+bool Session::Clearing::wait(Clock::time_point until) const {
+  return complaint_.wait_until(until) == std::future_status::ready;
+}
+
+std::optional<std::string> Session::close(std::optional<double> timeout_s) {
+  if (!open_) return std::nullopt;
+  require_open();
+  const auto begun = Clock::now();
+  const auto left_s = [&]() -> std::optional<double> {
+    if (!timeout_s) return std::nullopt;
+    return *timeout_s - std::chrono::duration<double>(Clock::now() - begun).count();
+  };
+  const auto require_time = [&](bool in_time) {
+    if (!in_time)
+      throw TimedOut("saving to " + path_ + " has not ended in time: it is still being cleared up");
+  };
   std::optional<std::string> complaint;
+  if (engine_) {
+    engine_->abandon_unsealed();
+    require_time(wait_interruptibly(
+        [&](Clock::time_point until) { return engine_->wait_settled(until); }, left_s()));
+    closing_ = true;
+    if (monitor_ != nullptr) {
+      const pybind11::gil_scoped_release release;
+      complaint = monitor_->close([&] {
+        look_for_signals();
+        require_time(!timeout_s || *left_s() > 0);
+      });
+    }
+    if (run_) {
+      if (!clearing_) clearing_ = std::make_unique<Clearing>(run_);
+      require_time(wait_interruptibly(
+          [&](Clock::time_point until) { return clearing_->wait(until); }, left_s()));
+      complaint = clearing_->complaint();
+      clearing_.reset();
+    }
+  }
+  open_ = false;
+  std::unique_ptr<Engine> ended = std::move(engine_);
+  monitor_ = nullptr;
+  manual_copier_ = nullptr;
   {
     const pybind11::gil_scoped_release release;
-    if (monitor_ != nullptr) complaint = monitor_->close(look_for_signals);
-    monitor_ = nullptr;
-    engine_.reset();
+    ended.reset();
   }
   tickets_.clear();
-  if (const std::shared_ptr<RunDirectory> run = std::move(run_)) try {
-      run->remove_spares();
-    } catch (const std::exception& error) {
-      return error.what();
-    }
+  run_.reset();
   return complaint;
 }
 

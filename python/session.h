@@ -11,10 +11,13 @@
 #include <sys/types.h>
 
 #include <deque>
+#include <future>
 #include <memory>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpp/engine.h"
@@ -41,6 +44,12 @@ struct SessionOptions {
 };
 
 class Session;
+
+// What close() throws when its time has passed.
+class TimedOut : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
 
 class Ticket {
  public:
@@ -117,14 +126,19 @@ class Session {
   bool adopt_base(CheckpointReader& reader, unsigned threads);
 
   // Finishes what was sealed and lets go of the directory. What could not be cleared up there is
-  // returned, not thrown: nothing was lost by it.
-  std::optional<std::string> close();
+  // returned, not thrown: nothing was lost by it. Throws TimedOut when `timeout_s` have passed
+  // first (none: waits on): then it goes on, nothing more can be begun, and it may be called again.
+  std::optional<std::string> close(std::optional<double> timeout_s);
   // Lets go of everything without waiting, for good: what is in flight goes on as far as the disk
   // lets it, for as long as this process lives. The directory stays locked as long.
   void leave();
-  bool is_open() const { return engine_ != nullptr; }
+  bool is_open() const { return open_; }
 
-  Engine& engine();  // throws when closed, or in a forked child
+  void require_open() const;  // throws when closed, or in a forked child
+  // Throws as well where there is none, because the last monitor's successor did not come up. The
+  // next begin() tries again.
+  Engine& engine();
+  bool has_engine() const { return engine_ != nullptr; }
 
   // The monitor's process, none in direct mode.
   std::optional<pid_t> monitor_process() const;
@@ -136,7 +150,10 @@ class Session {
   // The newest step whose checkpoint needs this process no more.
   uint64_t last_sealed_step();
   CommitCounts counts();  // of monitors that have died, too
-  uint64_t links_refused() { return links_refused_before_ + engine().links_refused(); }
+  uint64_t links_refused() const {
+    return links_refused_before_ + (engine_ ? engine_->links_refused() : 0);
+  }
+  std::optional<std::string> take_complaint();
 
   const SessionOptions& options() const { return options_; }
   const std::string& path() const { return path_; }
@@ -146,7 +163,23 @@ class Session {
   void reap();
 
  private:
+  // Removes what waits to be recycled, on a thread of its own: a disk may hang over it.
+  class Clearing {
+   public:
+    explicit Clearing(std::shared_ptr<RunDirectory> run);
+    bool wait(Clock::time_point until) const;
+    std::optional<std::string> complaint() { return complaint_.get(); }
+
+   private:
+    std::promise<std::optional<std::string>> done_;
+    std::future<std::optional<std::string>> complaint_ = done_.get_future();
+    std::jthread thread_;
+  };
+
   void open(const std::function<void()>& interrupted);
+  void reopen(const std::function<void()>& interrupted);
+  Engine& engine_to_begin_with();
+  std::unique_ptr<Engine> take_engine();
   void require_owner() const;
 
   const std::string path_;
@@ -157,7 +190,11 @@ class Session {
   ManualCopier* manual_copier_ = nullptr;  // inside engine_, in tests
   std::set<uint64_t> kept_;                // what the next monitor has to be told
   const std::shared_ptr<Book> book_ = std::make_shared<Book>();  // of this engine and the next
-  std::unique_ptr<Engine> engine_;
+  bool open_ = true;
+  bool closing_ = false;            // close() has begun to clear up
+  std::unique_ptr<Engine> engine_;  // null when closed, and while there is no monitor to be had
+  std::string why_no_engine_;
+  std::unique_ptr<Clearing> clearing_;
   CommitCounts counts_before_;  // of engines before this one
   uint64_t links_refused_before_ = 0;
   std::deque<std::shared_ptr<Ticket>> tickets_;

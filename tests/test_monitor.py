@@ -455,6 +455,61 @@ def test_a_new_monitor_that_does_not_come_up_is_an_error_or_a_warning(
         trainer.shutdown()
 
 
+def test_a_monitor_that_can_be_started_again_is_and_nothing_counted_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = tmp_path / "pccheck-monitor"
+    shutil.copy(adapter_module._MONITOR, monitor)
+    monkeypatch.setattr(adapter_module, "_MONITOR", str(monitor))
+    directory = tmp_path / "run"
+    trainer = trainer_in(directory, on_error="warn", keep_last=0)
+    take_step(trainer)
+    trainer.wait()
+    monitor.rename(tmp_path / "away")
+    kill_monitor(trainer)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning) as told:
+            take_step(trainer)
+        assert any(str(monitor) in str(warning.message) for warning in told)
+    stats = trainer.stats()
+    assert (stats["checkpoints_committed"], stats["last_committed_step"]) == (1, 1)
+    assert stats["lag_steps"] == 2
+    (tmp_path / "away").rename(monitor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_step(trainer)
+        trainer.wait()
+    assert monitor_of(trainer)
+    stats = trainer.stats()
+    assert (stats["checkpoints_committed"], stats["last_committed_step"]) == (2, 4)
+    trainer.shutdown()
+    assert pccheck_ext.ModelRecovery(directory).list_checkpoints() == [
+        "step-00000001",
+        "step-00000004",
+    ]
+    assert is_free(directory)
+
+
+def test_a_trainer_whose_monitor_cannot_be_started_again_ends_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = tmp_path / "pccheck-monitor"
+    shutil.copy(adapter_module._MONITOR, monitor)
+    monkeypatch.setattr(adapter_module, "_MONITOR", str(monitor))
+    trainer = trainer_in(tmp_path / "run", on_error="warn")
+    take_step(trainer)
+    trainer.wait()
+    monitor.unlink()
+    kill_monitor(trainer)
+    with pytest.warns(RuntimeWarning) as told:
+        take_step(trainer)
+    assert any(str(monitor) in str(warning.message) for warning in told)
+    trainer.shutdown()
+    assert not trainer._session.is_open
+    assert trainer.optimizer._observer is None, "the trainer has let go of the loop"
+    assert trainer.stats()["checkpoints_committed"] == 1
+
+
 class Interrupted(Exception):
     pass
 
@@ -501,6 +556,66 @@ def test_a_stopped_monitor_is_waited_for_and_the_waiting_can_be_interrupted(tmp_
     trainer.shutdown()
     assert is_free(tmp_path)
     assert newest_step(tmp_path) == 2
+
+
+def test_shutdown_keeps_its_timeout_with_a_stopped_monitor_and_nothing_in_flight(
+    tmp_path: Path,
+) -> None:
+    trainer = trainer_in(tmp_path)
+    take_step(trainer)
+    trainer.wait()
+    monitor = monitor_of(trainer)
+    stop(monitor)
+    going_on = threading.Timer(SOON, lambda: os.kill(monitor, signal.SIGCONT))
+    going_on.start()
+    begun = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="still being cleared up"):
+            trainer.shutdown(timeout_s=0.1)
+    assert time.monotonic() - begun < SOON / 2
+    going_on.cancel()
+    assert trainer._session.is_open
+    os.kill(monitor, signal.SIGCONT)
+    trainer.shutdown()
+    assert not trainer._session.is_open
+    assert is_free(tmp_path)
+
+
+def test_no_other_thread_is_held_while_a_stopped_monitor_is_told_what_to_keep(
+    tmp_path: Path,
+) -> None:
+    trainer = trainer_in(tmp_path)
+    take_step(trainer)
+    trainer.wait()
+    monitor = monitor_of(trainer)
+    stop(monitor)
+    told = 0
+
+    def let_it_go_on_late() -> None:
+        time.sleep(SOON)
+        os.kill(monitor, signal.SIGCONT)
+
+    def tell() -> None:
+        nonlocal told
+        for _ in range(2000):  # more than its socket takes
+            trainer._session.keep(set(range(1000)))
+            told += 1
+
+    # Were the GIL held, nothing here would run: so somebody else lets the monitor go on.
+    late = fork(let_it_go_on_late)
+    begun = time.monotonic()
+    telling = threading.Thread(target=tell, name="telling")
+    telling.start()
+    seen = -1
+    while seen != told:  # until it waits for the monitor
+        seen = told
+        telling.join(0.05)
+    assert time.monotonic() - begun < SOON / 2
+    assert told < 2000
+    kill_and_reap(late)
+    os.kill(monitor, signal.SIGCONT)
+    telling.join()
+    trainer.shutdown()
 
 
 AT_EXIT = """

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <condition_variable>
+#include <future>
 #include <latch>
 #include <mutex>
 #include <thread>
@@ -126,6 +127,58 @@ TEST(Engine, ASlowDiskDelaysAndNothingElse) {
   EXPECT_TRUE(ticket->wait_finished(in_a_minute()));
   world.close();
   expect_saved(world.disk, ticket, state);
+}
+
+// A run whose committer is held up while it clears up: step 1 is being retired, step 2 committed.
+struct HeldUpWhileClearingUp : World {
+  HeldUpWhileClearingUp() : World(4, 2, 2, {.keep_last = 1, .max_spares = 2}) {
+    disk.before = [this](const Operation& operation) {
+      const bool retires = operation.call == "rename" && operation.path == RunOnDisk::path(1);
+      if (retires) gate.wait();
+    };
+    for (const uint64_t step : {uint64_t{1}, uint64_t{2}})
+      EXPECT_TRUE(save(step, state)->wait_finished(in_a_minute()));
+    EXPECT_TRUE(gate.somebody_waits());
+  }
+  ~HeldUpWhileClearingUp() {
+    gate.open();
+    close();
+  }
+
+  const State state = simple_state({10});
+  Gate gate;
+};
+
+TEST(Engine, ItIsSettledWhenItsClearingUpIsOverToo) {
+  HeldUpWhileClearingUp world;
+  EXPECT_TRUE(world.engine->wait_idle(in_a_minute()));
+  EXPECT_FALSE(world.engine->wait_settled(at_once()));
+  EXPECT_FALSE(world.engine->wait_settled(Clock::now() + std::chrono::milliseconds(20)));
+  world.gate.open();
+  EXPECT_TRUE(world.engine->wait_settled(in_a_minute()));
+  EXPECT_EQ(world.disk.directories(),
+            (std::vector<std::string>{name_of_step(1) + kPartialSuffix, name_of_step(2)}));
+}
+
+TEST(Engine, WhatFailedIsSettledToo) {
+  const State state = simple_state({10});
+  World world(4);
+  world.disk.before = [](const Operation& operation) {
+    if (operation.call == "pwrite") fail_operation(operation, EIO);
+  };
+  EXPECT_TRUE(world.save(1, state)->wait_finished(in_a_minute()));
+  EXPECT_TRUE(world.engine->wait_settled(in_a_minute()));
+}
+
+TEST(Engine, NamingWhatIsKeptDoesNotWaitForTheDisk) {
+  HeldUpWhileClearingUp world;
+  std::future<void> named = std::async(std::launch::async, [&] { world.disk.run->keep({2}); });
+  EXPECT_EQ(named.wait_for(std::chrono::seconds(10)), std::future_status::ready);
+  world.gate.open();
+  named.get();
+  EXPECT_TRUE(world.save(3, world.state)->wait_finished(in_a_minute()));
+  EXPECT_TRUE(world.engine->wait_settled(in_a_minute()));
+  EXPECT_TRUE(world.disk.exists(RunOnDisk::path(2)));
 }
 
 TEST(Engine, StagingRunsAheadOfTheDiskAsFarAsThePoolAllows) {

@@ -555,6 +555,17 @@ TEST_F(MonitorClientTest, WaitingForAStoppedMonitorsAnswerCanBeInterrupted) {
       << "the late answer is not taken for this one's";
 }
 
+TEST_F(MonitorClientTest, ClosingThatWasInterruptedGoesOnWhereItWas) {
+  struct Interrupted {};
+  Trainer trainer(run);
+  trainer.stop();
+  for (int time = 0; time < 2; ++time)
+    EXPECT_THROW(trainer.client().close([] { throw Interrupted(); }), Interrupted);
+  trainer.resume();
+  for (int time = 0; time < 2; ++time) EXPECT_EQ(trainer.client().close(), std::nullopt);
+  EXPECT_TRUE(lock_is_free(run)) << "closing waits for the monitor's end";
+}
+
 TEST_F(MonitorClientTest, AfterItsEndTheMonitorHasEndedAndIsReaped) {
   const State state = simple_state({100});
   Trainer trainer(run);

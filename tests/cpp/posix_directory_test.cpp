@@ -1,15 +1,40 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <filesystem>
+#include <functional>
 #include <map>
 #include <system_error>
 
 #include "cpp/file.h"
 #include "tests/cpp/temp_dir.h"
 
+namespace {
+
+std::vector<std::string>* synced_paths = nullptr;  // null: nobody wants to know
+
+}  // namespace
+
+// Takes the C library's place in this program.
+extern "C" int fsync(int fd) {
+  if (synced_paths != nullptr)
+    synced_paths->push_back(
+        std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(fd)).string());
+  return static_cast<int>(::syscall(SYS_fsync, fd));
+}
+
 namespace pccheck::test {
 namespace {
+
+std::vector<std::string> synced_by(const std::function<void()>& call) {
+  std::vector<std::string> paths;
+  synced_paths = &paths;
+  call();
+  synced_paths = nullptr;
+  return paths;
+}
 
 template <typename Call>
 int errno_of(Call call) {
@@ -34,6 +59,24 @@ TEST_F(PosixDirectory, IsMadeWithItsParentsWhereThatIsWanted) {
   open_posix_directory(temp / "a/b/c", true);
   write_file(temp / "file", {});
   EXPECT_EQ(errno_of([&] { open_posix_directory(temp / "file", true); }), ENOTDIR);
+}
+
+TEST_F(PosixDirectory, EveryParentOfOneThatWasMadeIsSynced) {
+  using Paths = std::vector<std::string>;
+  const std::string top = std::filesystem::canonical(temp.path());
+  const auto make = [&](const std::string& path) {
+    return synced_by([&] { open_posix_directory(path, true); });
+  };
+  EXPECT_EQ(make(top + "/a/b/c"), (Paths{top, top + "/a", top + "/a/b"}));
+  EXPECT_EQ(make(top + "/a/b/c"), Paths{}) << "it was there already";
+  EXPECT_EQ(make(top + "/a/b/d/"), (Paths{top + "/a/b"}));
+  EXPECT_EQ(make(top + "/new/../a/b/e"), (Paths{top, top + "/a/b"}));
+  ::symlink("a", (temp / "link").c_str());
+  EXPECT_EQ(make(top + "/link/f"), (Paths{top + "/a"}));
+  const std::filesystem::path before = std::filesystem::current_path();
+  std::filesystem::current_path(top);
+  EXPECT_EQ(make("relative"), (Paths{top}));
+  std::filesystem::current_path(before);
 }
 
 TEST_F(PosixDirectory, ListsWhatIsThereByKind) {
