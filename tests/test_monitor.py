@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -721,8 +720,9 @@ def test_a_forked_child_that_lives_on_keeps_neither_lock_nor_memory_nor_monitor(
 
 
 def test_a_monitor_is_ready_in_less_than_a_tenth_of_a_second(tmp_path: Path) -> None:
-    """Construction in monitor mode less construction in direct mode, medians of nine in turn, with
-    the default staging memory; and with hardly any, which leaves little but the monitor itself."""
+    """Construction in monitor mode less construction in direct mode, with the default staging
+    memory; and with hardly any, which leaves little but the monitor itself. The shortest of nine in
+    turn: whatever else the machine does only adds to it."""
 
     def seconds_to_make(name: str, **options: Any) -> float:
         begun = time.perf_counter()
@@ -739,7 +739,7 @@ def test_a_monitor_is_ready_in_less_than_a_tenth_of_a_second(tmp_path: Path) -> 
             for mode in (True, False):
                 name = f"{time_}-{mode}-{len(settings)}"
                 took[mode].append(seconds_to_make(name, use_monitor=mode, **settings))
-        beyond = statistics.median(took[True]) - statistics.median(took[False])
+        beyond = min(took[True]) - min(took[False])
         assert beyond < 0.1, f"{beyond * 1e3:.1f} ms with {settings}"
 
 
