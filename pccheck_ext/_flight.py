@@ -202,13 +202,19 @@ class Flight:
 
     # -- how they ended ----------------------------------------------------------------------------
 
-    def raise_failures(self) -> None:
-        """Tell of checkpoints that failed since the last call, each once."""
+    def raise_failures(self, *, survive: bool = False) -> None:
+        """Tell of checkpoints that failed since the last call, each once.
+
+        `survive`: what the monitor has died with is told as `survive_monitor` does.
+        """
         failed = []
         still = []
         for ticket in self._in_flight:
             error = ticket.error()
             if error is not None:
+                if survive and self.monitor_has_died:  # since it was last looked at
+                    self.survive_monitor()
+                    return
                 failed.append((ticket, *error))
             elif ticket.in_flight():
                 still.append(ticket)

@@ -167,7 +167,7 @@ class StepSaver:
             if self.flight.monitor_has_died:
                 self.seal()
                 self.flight.survive_monitor()
-            self.raise_failures()
+            self.raise_failures(survive=True)
             self.seal()
             self.flight.open_gates_of_staged()
             if not self._due:
@@ -490,10 +490,10 @@ class StepSaver:
             self.best.forget_after(step)
             self.flight.session.keep(self.best.kept())
 
-    def raise_failures(self) -> None:
+    def raise_failures(self, *, survive: bool = False) -> None:
         """Tell of checkpoints that failed since the last call, each once."""
         try:
-            self.flight.raise_failures()
+            self.flight.raise_failures(survive=survive)
         finally:
             if self._pending is not None and self._pending[0].ticket.error() is not None:
                 self._pending = None
